@@ -1,0 +1,1 @@
+"""The embedding cache: identity, store, reader. Knows nothing of models."""

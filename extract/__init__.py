@@ -1,0 +1,1 @@
+"""Stage one: audio front end, extractors by family, the engine that runs them into the cache."""

@@ -1,0 +1,1 @@
+"""Corpora, protocols, recipes, training, evaluation and voting."""

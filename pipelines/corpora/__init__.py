@@ -1,0 +1,1 @@
+"""One module per corpus: the folder as distributed in, a manifest out."""
