@@ -20,8 +20,8 @@
         ├── StoreFormatError        exit 2   not a store, or of a version we cannot read
         └── StorageFullError (OSError)
 
-A message has three parts: what is wrong (with the value and the key or file), what was expected, what to do next.
-``cli.py`` alone turns an error into one line and its ``exit_code``.
+A message has three parts: what is wrong (with the value and the key or file), what was expected,
+what to do next. ``cli.py`` alone turns an error into one line and its ``exit_code``.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class RecipeError(UsageError):
 
 
 class ManifestError(UsageError):
-    """A manifest that cannot be read: missing column, duplicate id, unknown label …"""
+    """A manifest that cannot be read: missing column, duplicate id, unknown label."""
 
 
 class ProtocolError(UsageError):

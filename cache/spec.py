@@ -20,9 +20,11 @@ class OutputSpec:
     dim : int
         D.
     rate_hz : float or None
-        Frames per second; ``None`` where frames are not evenly spaced in time (tokens, pooled vectors).
+        Frames per second; ``None`` where frames are not evenly spaced in time (tokens, pooled
+        vectors).
     dtype : str
-        Stored type: ``float16`` (with the overflow guard), ``float32``, or an unsigned integer for codes.
+        Stored type: ``float16`` (with the overflow guard), ``float32``, or an unsigned integer for
+        codes.
     kind : {"frames", "codes", "pooled"}
         A sequence of vectors, a sequence of integers, or one vector (T = 1).
     num_codes : int, optional
@@ -49,8 +51,8 @@ class FeatureSpec:
     slug : str
         Readable prefix of the store's name, e.g. ``"wavlm-large-final"``.
     identity : mapping
-        Everything that determines the values, as JSON types: extractor name and version, model, options. The fingerprint is
-        a hash of its canonical form.
+        Everything that determines the values, as JSON types: extractor name and version, model,
+        options. The fingerprint is a hash of its canonical form.
     outputs : tuple of OutputSpec
         Follows from the identity; not hashed.
     licence : str, optional
@@ -75,4 +77,5 @@ class FeatureSpec:
                 return output
         from mer.cache.errors import UnknownNameError
 
-        raise UnknownNameError(f"output of feature {self.slug!r}", name, (o.name for o in self.outputs))
+        known = (output.name for output in self.outputs)
+        raise UnknownNameError(f"output of feature {self.slug!r}", name, known)

@@ -2,8 +2,9 @@
 
 B utterances in a batch, T steps (samples, tokens or frames), D feature width.
 
-Constructing an extractor is cheap: it reads options, configuration and weight checksums, and imports neither torch nor
-transformers, so that planning a finished run stays instant. ``load`` brings the model in.
+Constructing an extractor is cheap: it reads options, configuration and weight checksums, and
+imports neither torch nor transformers, so that planning a finished run stays instant. ``load``
+brings the model in.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class WindowRule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelIdentity:
-    """Which weights: hub id and commit (or ``"local"`` and None) and a sha256 over the weight and config files."""
+    """Which weights: hub id and commit (``"local"`` and None for a folder), sha256 of the files."""
 
     id: str
     revision: str | None
@@ -94,7 +95,8 @@ class RaggedBatch:
     Parameters
     ----------
     data : Tensor
-        (B, T) or (B, T, D); beyond ``lengths`` it is zero on the way in and meaningless on the way out.
+        (B, T) or (B, T, D); beyond ``lengths`` it is zero on the way in and meaningless on the way
+        out.
     lengths : Tensor
         (B,) int64, on the CPU.
     """
@@ -133,7 +135,7 @@ class Extractor(ABC):
     @classmethod
     @abstractmethod
     def from_options(cls, name: str, options: Mapping[str, str]) -> Self:
-        """Build from a registered name and the options of a feature string, merged over the name's preset.
+        """Build from a registered name and the options of a feature string, presets included.
 
         Raises
         ------
@@ -154,7 +156,7 @@ class Extractor(ABC):
 
     @abstractmethod
     def prepare(self, source: np.ndarray | str) -> Tensor:
-        """Turn one utterance into the model's input, on the CPU; runs in worker threads, before batching.
+        """Turn one utterance into the model's input: on the CPU, in worker threads, unbatched.
 
         Parameters
         ----------
@@ -164,8 +166,8 @@ class Extractor(ABC):
         Returns
         -------
         Tensor
-            (T,) or (T, D). Everything that depends on one utterance alone (normalisation, minimum length, tokens) happens
-            here, so that no padding can reach it.
+            (T,) or (T, D). Everything that depends on one utterance alone (normalisation, minimum
+            length, tokens) happens here, so that no padding can reach it.
         """
 
     @abstractmethod
