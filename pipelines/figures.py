@@ -113,6 +113,8 @@ def draw_curves(
         matplotlib is not installed.
     """
     figure = _figure(5.2 * max(len(panels), 1), 3.8)
+    from matplotlib.ticker import MaxNLocator
+
     for position, (name, keys) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(1, len(panels), position)
         for index, key in enumerate(keys):
@@ -133,7 +135,7 @@ def draw_curves(
         axes.set_xlabel("epoch")
         axes.set_title(name, fontsize=10)
         axes.grid(alpha=0.3)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if axes.get_legend_handles_labels()[1]:
             axes.legend(frameon=False, fontsize=8)
     if title:
