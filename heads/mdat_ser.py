@@ -48,19 +48,18 @@ class GraphAttention(nn.Module):
         self.slope = slope
         self.node = nn.Linear(dim, dim, bias=False)
         self.edge = nn.Parameter(torch.empty(2, dim))  # u, v
-        nn.init.uniform_(
-            self.edge, -1 / math.sqrt(2 * dim), 1 / math.sqrt(2 * dim)
-        )  # as Linear(2d, 1)
+        bound = 1 / math.sqrt(2 * dim)  # of a Linear(2d, 1), which u and v are the halves of
+        nn.init.uniform_(self.edge, -bound, bound)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """Return (B, T, d) for ``x`` (B, T, d) and ``mask`` (B, T)."""
         h = self.node(x)
         receiver, sender = (h @ self.edge.T).unbind(-1)  # (B, T) each: u·h_i and v·h_j
-        sender = sender.masked_fill(
-            ~mask, -math.inf
-        )  # LeakyReLU keeps -inf: padding gets no weight
+        # masked before the LeakyReLU, which keeps -inf: (B, T) to fill instead of (B, T, T)
+        sender = sender.masked_fill(~mask, -math.inf)
         scores = F.leaky_relu(receiver[:, :, None] + sender[:, None, :], self.slope)  # (B, T, T)
-        return scores.softmax(-1) @ h
+        out: Tensor = scores.softmax(-1) @ h
+        return out
 
 
 class CoAttention(nn.Module):
@@ -98,7 +97,8 @@ class VectorAttentivePooling(nn.Module):
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """Return (B, d) for ``x`` (B, T, d) and ``mask`` (B, T)."""
         scores = self.score(x).masked_fill(~mask[..., None], -math.inf)
-        return (scores.softmax(1) * x).sum(1)
+        pooled: Tensor = (scores.softmax(1) * x).sum(1)
+        return pooled
 
 
 class CodeEmbedding(nn.Module):
@@ -109,8 +109,9 @@ class CodeEmbedding(nn.Module):
         self.table = nn.Embedding(num_rows, dim)
 
     def forward(self, codes: Tensor, real: Tensor) -> Tensor:
-        """Return (B, T, D) for ``codes`` (B, T), with the padding's row wherever ``real`` is False."""
-        return self.table(codes.masked_fill(~real, self.table.num_embeddings - 1))
+        """Return (B, T, D) for ``codes`` (B, T), with the padding's row where ``real`` is False."""
+        vectors: Tensor = self.table(codes.masked_fill(~real, self.table.num_embeddings - 1))
+        return vectors
 
 
 class SwiGluClassifier(nn.Module):
@@ -125,20 +126,17 @@ class SwiGluClassifier(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (B, C) for ``x`` (B, D)."""
-        return self.out(self.dropout(F.silu(self.gate(x)) * self.value(x)))
+        logits: Tensor = self.out(self.dropout(F.silu(self.gate(x)) * self.value(x)))
+        return logits
 
 
 class ReluClassifier(nn.Sequential):
     """Linear, ReLU, Dropout, Linear; Kaiming-uniform weights and zero biases (code)."""
 
     def __init__(self, dim_in: int, hidden: int, num_classes: int, dropout: float) -> None:
-        super().__init__(
-            nn.Linear(dim_in, hidden),
-            nn.ReLU(),
-            nn.Dropout(dropout),
-            nn.Linear(hidden, num_classes),
-        )
-        for layer in (self[0], self[3]):
+        inner, outer = nn.Linear(dim_in, hidden), nn.Linear(hidden, num_classes)
+        super().__init__(inner, nn.ReLU(), nn.Dropout(dropout), outer)
+        for layer in (inner, outer):
             nn.init.kaiming_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
 

@@ -7,13 +7,12 @@ pointing at a ``Head`` subclass.
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import importlib
-import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any
+
+from mer.heads.settings import build, near
 
 if TYPE_CHECKING:
     from mer.heads.contract import Dims, Head
@@ -41,10 +40,11 @@ def resolve(name: str) -> type[Head]:
     """
     if name in HEADS:
         module, _, attribute = HEADS[name].partition(":")
-        return getattr(importlib.import_module(module), attribute)
+        listed: type[Head] = getattr(importlib.import_module(module), attribute)
+        return listed
     found = _third_party().get(name)
     if found is None:
-        raise ValueError(f"Unknown head {name!r}.{_near(name, names())} `mer heads ls` shows all.")
+        raise ValueError(f"Unknown head {name!r}.{near(name, names())} `mer heads ls` shows all.")
     from mer.heads.contract import Head
 
     head = found.load()
@@ -65,28 +65,9 @@ def configure(name: str, config: Mapping[str, Any]) -> Any:
         Unknown head, unknown key (with the nearest one), value of the wrong type or out of range.
         All faults of keys and types are reported together.
     """
-    cls = resolve(name).Config
-    hints = get_type_hints(cls)
-    fields = [f.name for f in dataclasses.fields(cls) if f.init]
-    faults, values = [], {}
-    for key, value in config.items():
-        if key not in fields:
-            faults.append(f"unknown key {key!r}.{_near(str(key), fields)}")
-            continue
-        try:
-            values[key] = _coerce(value, hints[key])
-        except TypeError:
-            faults.append(f"{key} must be {_describe(hints[key])}. Got {value!r}.")
-    required = {
-        f.name
-        for f in dataclasses.fields(cls)
-        if f.init and f.default is f.default_factory is dataclasses.MISSING
-    }
-    faults += [f"{key} is missing." for key in sorted(required - set(config))]
-    if faults:
-        raise ValueError(f"Head {name!r}: " + " ".join(faults))
+    head = resolve(name)
     try:
-        return cls(**values)
+        return build(head.Config, config)
     except ValueError as error:
         raise ValueError(f"Head {name!r}: {error}") from error
 
@@ -124,58 +105,3 @@ def create(name: str, config: Mapping[str, Any], dims: Dims, num_classes: int) -
 
 def _third_party() -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=ENTRY_POINTS)}
-
-
-def _near(name: str, known: Iterable[str]) -> str:
-    known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=2, cutoff=0.6)
-    if near:
-        return " Did you mean " + " or ".join(map(repr, near)) + "?"
-    return " Known: " + ", ".join(known) + "."
-
-
-def _coerce(value: Any, hint: Any) -> Any:
-    """Return ``value`` as ``hint`` wants it; YAML writes tuples as lists and 1.0 as 1."""
-    origin, args = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        for option in args:
-            try:
-                return _coerce(value, option)
-            except TypeError:
-                continue
-        raise TypeError
-    if origin is Literal:
-        # True == 1: a flag must not pass for a number
-        if any(value == option and type(value) is type(option) for option in args):
-            return value
-        raise TypeError
-    if origin is tuple:
-        if isinstance(value, (list, tuple)):
-            kinds = [args[0]] * len(value) if args[1:] == (...,) else list(args)
-            if len(kinds) == len(value):
-                return tuple(_coerce(v, k) for v, k in zip(value, kinds, strict=True))
-        raise TypeError
-    if hint in (None, type(None)):
-        if value is None:
-            return None
-        raise TypeError
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise TypeError
-    return value
-
-
-def _describe(hint: Any) -> str:
-    origin, args = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        return " or ".join(_describe(a) for a in args)
-    if origin is Literal:
-        return " or ".join(repr(a) for a in args)
-    if origin is tuple:
-        return f"a list of {_describe(args[0])}"
-    if hint in (None, type(None)):
-        return "null"
-    return {bool: "true or false", int: "an integer", float: "a number", str: "a string"}.get(
-        hint, str(hint)
-    )
