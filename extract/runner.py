@@ -145,6 +145,6 @@ def _join(parts: Sequence[Arrays | Exception]) -> Arrays | Exception:
         if len(bad):
             return ModelOutputError(
                 f"output {name!r} is not finite in {len(bad)} of {len(array)} frames "
-                f"(first: {bad[0]}). Nothing was stored; check the recording, or raise the precision."
+                f"(first: {bad[0]}). Nothing was stored: check the recording or the precision."
             )
     return joined
