@@ -1,0 +1,75 @@
+"""Which row a key lies in: sorted keys, vectorised look-up; built from the parts, never stored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mer.cache.identity import KEY_BYTES
+
+_WORDS = np.dtype([("high", ">u8"), ("low", ">u8")])
+
+
+def key_array(keys: Sequence[bytes]) -> np.ndarray:
+    """Return keys as (N, 16) uint8.
+
+    Raises
+    ------
+    ValueError
+        A key that has not 16 bytes.
+    """
+    wrong = set(map(len, keys)) - {KEY_BYTES}
+    if wrong:
+        raise ValueError(f"A key has {wrong.pop()} bytes, expected {KEY_BYTES}.")
+    return np.frombuffer(b"".join(keys), np.uint8).reshape(-1, KEY_BYTES)
+
+
+class KeyIndex:
+    """Row of a key, for any number of keys at once.
+
+    Parameters
+    ----------
+    keys : ndarray
+        (N, 16) uint8, all rows of all parts in part order. Of equal keys the first is found.
+    """
+
+    def __init__(self, keys: np.ndarray) -> None:
+        high, low = _words(keys)
+        order = np.lexsort((low, high))  # stable: equal keys stay in part order
+        high, low = high[order], low[order]
+        first = np.ones(len(order), bool)
+        first[1:] = (high[1:] != high[:-1]) | (low[1:] != low[:-1])
+        self._high, self._low, self._rows = high[first], low[first], order[first]
+        # Keys are hashes: that two share their first eight bytes is possible, not to be expected.
+        self._ambiguous = bool((self._high[1:] == self._high[:-1]).any())
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Rows of the distinct keys, (N',) int64, in no particular order."""
+        return self._rows
+
+    def find(self, keys: np.ndarray) -> np.ndarray:
+        """Return the rows of (M, 16) uint8 keys, (M,) int64, -1 where a key is not there."""
+        high, low = _words(keys)
+        if not len(self):
+            return np.full(len(high), -1, np.int64)
+        at = np.searchsorted(self._high, high)
+        np.minimum(at, len(self) - 1, out=at)
+        if self._ambiguous:
+            end = len(self) - 1
+            step = (self._high[at] == high) & (self._low[at] < low)
+            while step.any():
+                at[step] += 1
+                np.minimum(at, end, out=at)
+                step &= (self._high[at] == high) & (self._low[at] < low) & (at < end)
+        hit = (self._high[at] == high) & (self._low[at] == low)
+        return np.where(hit, self._rows[at], -1)
+
+
+def _words(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    words = np.ascontiguousarray(keys, np.uint8).reshape(-1, KEY_BYTES).view(_WORDS)[:, 0]
+    return words["high"].astype(np.uint64), words["low"].astype(np.uint64)
