@@ -77,7 +77,8 @@ def load(dataset: str, root: Path | str | None = None) -> Manifest:
         kind = "folder" if Path(dataset).is_dir() else "file"
         raise UsageError(
             f"Dataset {dataset!r} is a {kind}, not the name of a corpus. For a tree with one "
-            f"folder per class give `folder --root {dataset}`; a manifest ends in {', '.join(SUFFIXES)}."
+            f"folder per class give `folder --root {dataset}`; a manifest ends in "
+            f"{', '.join(SUFFIXES)}."
         )
     entry = corpus(dataset)
     if root is None:

@@ -314,5 +314,5 @@ def _frication(
         sections = butter(2, phone.band_hz, "bandpass", fs=RATE_HZ, output="sos")
         noise = sosfilt(sections, rng.normal(0.0, 1.0, end - begin))
         ramp = np.minimum(1.0, np.arange(end - begin) / (0.004 * RATE_HZ))
-        result[begin:end] += phone.noise * noise * ramp * ramp[::-1]
+        result[begin:end] += 0.5 * phone.noise * noise * ramp * ramp[::-1]
     return result
