@@ -7,6 +7,7 @@ progress and messages go to stderr. Nothing heavy is imported before a command r
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -332,22 +333,18 @@ def cache() -> None:
 def cache_ls(cache_url: str | None, as_json: bool) -> int:
     """List the stores of the cache."""
     opened = _cache(cache_url)
-    stores, damaged = [], []
-    for store in opened.stores():
-        try:
-            info = store.info()
-        except MerError as error:
-            damaged.append({"store": store.name, "reason": str(error), "code": error.exit_code})
-            continue
-        stores.append(
-            {
-                "name": store.name,
-                "utterances": info.utterances,
-                "outputs": list(info.frames),
-                "bytes": info.bytes,
-                "parts": info.parts,
-            }
-        )
+    infos = [store.info() for store in opened.stores()]
+    stores = [
+        {
+            "name": info.name,
+            "utterances": info.utterances,
+            "outputs": list(info.outputs),
+            "bytes": info.bytes,
+            "parts": info.parts,
+        }
+        for info in infos
+    ]
+    damaged = [{"store": i.name, "reason": reason} for i in infos for reason in i.damage]
     result = {"cache": str(opened.root), "stores": stores, "damaged": damaged}
 
     def text() -> str:
@@ -362,7 +359,7 @@ def cache_ls(cache_url: str | None, as_json: bool) -> int:
     _emit(result, as_json, text)
     for item in damaged:
         click.echo(f"damaged: {item['store']}: {item['reason']}", err=True)
-    return max((item["code"] for item in damaged), default=0)
+    return 4 if damaged else 0
 
 
 @cache.command("info", epilog="\b\nExample:\n  mer cache info logmel-3f9c2a")
@@ -386,48 +383,30 @@ def cache_info(store: str, cache_url: str | None, as_json: bool) -> int:
         raise UsageError(
             f"{store!r} fits {len(matches)} stores: {', '.join(s.name for s in matches)}."
         )
-    chosen = matches[0]
-    info = chosen.info()
-    result = {
-        "name": chosen.name,
-        "path": str(chosen.path),
-        "fingerprint": chosen.fingerprint,
-        "identity": dict(chosen.spec.identity),
-        "licence": chosen.spec.licence,
-        "utterances": info.utterances,
-        "parts": info.parts,
-        "bytes": info.bytes,
-        "outputs": {
-            o.name: {
-                "kind": o.kind,
-                "dim": o.dim,
-                "rate_hz": o.rate_hz,
-                "frames": info.frames.get(o.name, 0),
-                "dtypes": sorted(info.dtypes.get(o.name, ())),
-            }
-            for o in chosen.spec.outputs
-        },
-    }
+    info = matches[0].info()
+    result = dataclasses.asdict(info)
 
     def text() -> str:
         rows = [
-            [name, o["kind"], o["dim"], o["rate_hz"] or "-", o["frames"], " ".join(o["dtypes"])]
-            for name, o in result["outputs"].items()
+            [name, o.kind, o.dim, o.rate_hz or "-", o.frames, " ".join(o.dtypes)]
+            for name, o in info.outputs.items()
         ]
         return "\n".join(
             [
-                f"{chosen.path}",
+                info.path,
                 f"{info.utterances} utterances in {info.parts} parts, {_megabytes(info.bytes)}",
-                f"licence: {chosen.spec.licence or 'not stated'}",
+                f"made {info.created}; licence: {info.licence or 'not stated'}",
                 "",
                 _table(["output", "kind", "dim", "Hz", "frames", "stored as"], rows),
                 "",
-                json.dumps(result["identity"], indent=2, sort_keys=True),
+                json.dumps(info.identity, indent=2, sort_keys=True),
             ]
         )
 
     _emit(result, as_json, text)
-    return 0
+    for reason in info.damage:
+        click.echo(f"damaged: {reason}", err=True)
+    return 4 if info.damage else 0
 
 
 # -- what is there ---------------------------------------------------------------------------------

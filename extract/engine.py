@@ -273,8 +273,8 @@ class _Run:
         longest = max(inputs, key=len)
         rate = len(longest) / max(self.planned.seconds(rows[inputs.index(longest)], modality), 1e-2)
         budget = max(self.batch_seconds * rate, len(longest))
-        outcomes = self.runners[n](inputs, budget)
-        for index, data, outcome in zip(rows, inputs, outcomes, strict=True):
+        for place, outcome in self.runners[n](inputs, budget):
+            index, data = rows[place], inputs[place]
             if isinstance(outcome, Exception):
                 self._fail(n, index, outcome, only_here=True)
                 continue
@@ -350,7 +350,7 @@ def verify(
         for source in (here[i] for i in chosen.tolist()):
             prepared = prepare(source, {0: extractor})
             data = prepared if isinstance(prepared, Exception) else prepared[0]
-            outcome = data if isinstance(data, Exception) else runner([data], len(data))[0]
+            outcome = data if isinstance(data, Exception) else next(runner([data], len(data)))[1]
             if isinstance(outcome, Exception):
                 raise outcome
             for name, array in outcome.items():

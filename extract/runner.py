@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,8 +25,9 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """One window of one prepared input."""
+    """One window of the input at ``place``."""
 
+    place: int
     window: Window
     data: Tensor
 
@@ -44,8 +47,13 @@ class Runner:
         self.real_steps = 0
         self.padded_steps = 0
 
-    def __call__(self, inputs: Sequence[Tensor], budget_steps: float) -> list[Arrays | Exception]:
-        """Return each input's outputs as (T, D) arrays, or the exception that it alone caused.
+    def __call__(
+        self, inputs: Sequence[Tensor], budget_steps: float
+    ) -> Iterator[tuple[int, Arrays | Exception]]:
+        """Yield each input's place and outputs (T, D), or the exception that it alone caused.
+
+        An input is yielded as soon as its last window is done, so that an interruption loses no
+        more than the batch in flight.
 
         Parameters
         ----------
@@ -55,32 +63,34 @@ class Runner:
             Padded steps that may share a forward pass.
         """
         pieces: list[_Piece] = []
-        ranges: list[range] = []
         frames, leading = self.extractor.num_frames, self.extractor.outputs[0].name
-        for data in inputs:
-            windows = cut(len(data), self.extractor.window, lambda n: frames(n)[leading])
-            ranges.append(range(len(pieces), len(pieces) + len(windows)))
-            pieces += [_Piece(window, data[window.start : window.stop]) for window in windows]
-        outcomes: dict[int, Arrays | Exception] = {}
+        for place, data in enumerate(inputs):
+            for window in cut(len(data), self.extractor.window, lambda n: frames(n)[leading]):
+                pieces.append(_Piece(place, window, data[window.start : window.stop]))
+        waiting = Counter(piece.place for piece in pieces)
+        outcomes: dict[int, list[tuple[int, Arrays | Exception]]] = defaultdict(list)
         for batch in self._batches(pieces, budget_steps):
-            outcomes.update(zip(batch, self._isolating([pieces[i] for i in batch]), strict=True))
-        return [_join([outcomes[i] for i in of_input]) for of_input in ranges]
+            for piece, outcome in zip(batch, self._isolating(batch), strict=True):
+                outcomes[piece.place].append((piece.window.start, outcome))
+                waiting[piece.place] -= 1
+                if not waiting[piece.place]:
+                    in_order = sorted(outcomes.pop(piece.place), key=itemgetter(0))
+                    yield piece.place, _join([part for _, part in in_order])
 
-    def _batches(self, pieces: Sequence[_Piece], budget_steps: float) -> Iterator[list[int]]:
-        """Yield batches of indices into ``pieces``, as the policy allows and the budget holds."""
+    def _batches(self, pieces: Sequence[_Piece], budget_steps: float) -> Iterator[list[_Piece]]:
+        """Yield batches, longest pieces first, as the policy allows and the budget holds."""
         policy = self.extractor.policy
-        sizes = [len(piece.data) for piece in pieces]
-        batch: list[int] = []
+        batch: list[_Piece] = []
         longest = 0
-        for i in sorted(range(len(pieces)), key=lambda i: -sizes[i]):
+        for piece in sorted(pieces, key=lambda piece: -len(piece.data)):
             full = longest * (len(batch) + 1) > budget_steps
-            unequal = policy is BatchPolicy.EQUAL_LENGTH and sizes[i] != longest
+            unequal = policy is BatchPolicy.EQUAL_LENGTH and len(piece.data) != longest
             if batch and (full or unequal or policy is BatchPolicy.SINGLE):
                 yield batch
                 batch = []
             if not batch:
-                longest = sizes[i]
-            batch.append(i)
+                longest = len(piece.data)
+            batch.append(piece)
         if batch:
             yield batch
 

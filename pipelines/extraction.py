@@ -163,10 +163,9 @@ def _stores(planned: Plan, cache: Cache) -> dict[str, dict[str, Any]]:
         if store is not None:
             info = store.info()
             first = feature.extractor.outputs[0].name
-            frames = info.frames[first]
             stores[feature.feature] = {
                 "path": str(store.path),
-                "frames": frames,
+                "frames": info.outputs[first].frames,
                 "bytes": info.bytes,
             }
     return stores
