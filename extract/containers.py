@@ -259,7 +259,7 @@ def _open_sndfile(path: Path, file: IO[bytes], wav: _WavHeader | None) -> _Sndfi
     """Return the recording, or ``None`` if libsndfile does not know the format."""
     import soundfile
 
-    class SequentialFile(soundfile.SoundFile):
+    class SequentialFile(soundfile.SoundFile):  # type: ignore[misc]
         """soundfile seeks to where it is after each read, which damages mp3; not if it cannot."""
 
         def seekable(self) -> bool:
@@ -342,12 +342,7 @@ class _SndfileRecording:
 
 class _FfmpegRecording:
     def __init__(self, path: Path, file: IO[bytes]) -> None:
-        try:
-            import av
-        except ImportError as error:
-            raise MissingDependencyError(
-                f"{path}: reading this format takes PyAV. Install it: pip install 'mer[media]'."
-            ) from error
+        av = _import_av(path)
         self.path = path
         file.seek(0)
         try:
@@ -388,9 +383,9 @@ class _FfmpegRecording:
         self.container.close()
 
     def blocks(self, start: int, stop: int | None) -> Iterator[np.ndarray]:
-        import av
-
-        rate, position = self.info.rate_hz, None
+        av = _import_av(self.path)
+        rate = self.info.rate_hz
+        position: int | None = None
         try:
             first = self.stream.start_time or 0
             before = start - round(PREROLL_S * rate)
@@ -425,9 +420,19 @@ class _FfmpegRecording:
             ) from error
 
 
+def _import_av(path: Path) -> Any:
+    try:
+        import av
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"{path}: reading this format takes PyAV. Install it: pip install 'mer[media]'."
+        ) from error
+    return av
+
+
 def _float_frames(frame: Any) -> np.ndarray:
     """Return a decoded frame as (n, channels) float32."""
-    data = frame.to_ndarray()  # (channels, n), or (1, n * channels) if interleaved
+    data: np.ndarray = frame.to_ndarray()  # (channels, n), or (1, n * channels) if interleaved
     data = data.T if frame.format.is_planar else data.reshape(frame.samples, -1)
     if data.dtype == np.uint8:
         return (data.astype(np.float32) - 128) / 128
