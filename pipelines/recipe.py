@@ -30,6 +30,8 @@ import yaml
 from mer.cache.errors import RecipeError, UnknownNameError, UsageError
 from mer.extract.registry import names as feature_names
 from mer.extract.registry import parse_feature
+from mer.heads import registry as heads
+from mer.pipelines import labels
 
 FOLDER = Path(__file__).parent / "recipes"
 BASELINES = ("majority", "logreg", "svm")
@@ -108,6 +110,18 @@ def _feature(value: Any) -> str:
     if request.name not in known:
         raise UnknownNameError("feature", request.name, known, "mer extractors ls")
     return value.strip()
+
+
+def _labels(value: Any) -> str:
+    if _text(value) not in (*labels.names(), labels.AS_GIVEN):
+        raise UnknownNameError("label scheme", value, (*labels.names(), labels.AS_GIVEN))
+    return str(value)
+
+
+def _head(value: Any) -> str:
+    if _text(value) not in heads.names():
+        raise UnknownNameError("head", value, heads.names(), "mer heads ls")
+    return str(value)
 
 
 def _plain(value: Any) -> Any:
@@ -224,6 +238,8 @@ class DatasetRecipe(_Group):
         Folder of the corpus.
     labels : str, optional
         Label scheme; ``None`` is the corpus' own.
+    target : str, optional
+        Another label than the corpus' main one, e.g. ``voice``: the manifest's ``label:NAME``.
     missing : {"error", "drop"}
         What to do with utterances that lack a feature, because their extraction failed: refuse, or
         leave them out and say so.
@@ -231,7 +247,8 @@ class DatasetRecipe(_Group):
 
     name: str | None = _key(_optional(_text), default=None)
     root: str | None = _key(_optional(_text), default=None)
-    labels: str | None = _key(_optional(_text), default=None)
+    labels: str | None = _key(_optional(_labels), default=None)
+    target: str | None = _key(_optional(_text), default=None)
     missing: Literal["error", "drop"] = _key(_one_of("error", "drop"), default="error")
 
 
@@ -273,7 +290,7 @@ class HeadRecipe(_Group):
 
     rest: ClassVar[str] = "config"
 
-    name: str = _key(_text)
+    name: str = _key(_head)
     config: Mapping[str, Any] = _key(_settings, default_factory=dict)
 
 
@@ -283,8 +300,8 @@ class EvaluationRecipe(_Group):
 
     Parameters
     ----------
-    protocol : str
-        Named way to split.
+    protocol : str, optional
+        Named way to split; ``None`` is the corpus' own.
     validation : str, optional
         Named rule for the validation part; ``None`` is the protocol's own.
     seeds : tuple of int, default=(1, 2, 3)
@@ -303,7 +320,7 @@ class EvaluationRecipe(_Group):
         results.
     """
 
-    protocol: str = _key(_text)
+    protocol: str | None = _key(_optional(_text), default=None)
     validation: str | None = _key(_optional(_text), default=None)
     seeds: tuple[int, ...] = _key(_many(_count), default=(1, 2, 3))
     folds: tuple[int, ...] | None = _key(_folds, default=None)
@@ -335,7 +352,7 @@ class Recipe:
     features: Mapping[str, StreamRecipe]
     head: HeadRecipe
     training: Mapping[str, Any] = field(default_factory=dict)
-    evaluation: EvaluationRecipe
+    evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
 
     def required_features(self) -> tuple[str, ...]:
         """Return the feature strings that `mer extract` must have brought, each once, in order."""
