@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mer.heads.contract import Dims, Head, HeadOutput, InputSpec, Ragged, stream_shapes, take
+from mer.heads.dropout import Dropout
 
 # ---------------------------------------------------------------------------------------- blocks
 
@@ -25,7 +26,7 @@ class Projection(nn.Sequential):
     """P(x) = Dropout(ReLU(Wx + b)), from any width to d (code)."""
 
     def __init__(self, dim_in: int, dim: int, dropout: float) -> None:
-        super().__init__(nn.Linear(dim_in, dim), nn.ReLU(), nn.Dropout(dropout))
+        super().__init__(nn.Linear(dim_in, dim), nn.ReLU(), Dropout(dropout))
 
 
 class GraphAttention(nn.Module):
@@ -83,6 +84,59 @@ class CoAttention(nn.Module):
         return to_text @ text, to_speech @ speech
 
 
+class Encoder(nn.Module):
+    """TE_H: one encoder layer with H heads, post-norm, ReLU, without positions.
+
+    In values and initial weights that of ``torch.nn.TransformerEncoderLayer``, which the code uses.
+
+    Parameters
+    ----------
+    dim : int
+        Model width d.
+    num_heads : int
+        H, a divisor of d.
+    feedforward : int
+        Width between the two last linear maps.
+    dropout : float
+        On attention weights, within the feed-forward part and on both residual branches.
+    """
+
+    def __init__(self, dim: int, num_heads: int, feedforward: int, dropout: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.query_key_value = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
+        self.inner = nn.Linear(dim, feedforward)
+        self.outer = nn.Linear(feedforward, dim)
+        self.norm_attention = nn.LayerNorm(dim)
+        self.norm_feedforward = nn.LayerNorm(dim)
+        self.dropout = Dropout(dropout)
+        nn.init.xavier_uniform_(self.query_key_value.weight)
+        nn.init.zeros_(self.query_key_value.bias)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Return (B, T, d) for ``x`` (B, T, d) and ``mask`` (B, T)."""
+        x = self.norm_attention(x + self.dropout(self.out(self._attend(x, mask))))
+        inner = self.dropout(self.inner(x).relu())
+        out: Tensor = self.norm_feedforward(x + self.dropout(self.outer(inner)))
+        return out
+
+    def _attend(self, x: Tensor, mask: Tensor) -> Tensor:
+        split = self.query_key_value(x).unflatten(-1, (3, self.num_heads, -1))
+        q, k, v = split.permute(2, 0, 3, 1, 4)  # (B, H, T, d/H) each
+        visible = mask[:, None, None]  # (B, 1, 1, T)
+        if self.training and x.device.type == "cpu":  # for the sake of our dropout
+            scores = q @ k.mT / math.sqrt(q.shape[-1])  # (B, H, T, T)
+            weights = scores.masked_fill(~visible, -math.inf).softmax(-1)
+            attended = self.dropout(weights) @ v
+        else:
+            p = self.dropout.p if self.training else 0.0
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=p)
+        joined: Tensor = attended.transpose(1, 2).flatten(2)
+        return joined
+
+
 class VectorAttentivePooling(nn.Module):
     """VP(x) = Σ_t w_t ⊙ x_t; w is the softmax over time, per channel, of a linear map of x.
 
@@ -121,7 +175,7 @@ class SwiGluClassifier(nn.Module):
         super().__init__()
         self.gate = nn.Linear(dim_in, hidden)
         self.value = nn.Linear(dim_in, hidden)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.out = nn.Linear(hidden, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -135,7 +189,7 @@ class ReluClassifier(nn.Sequential):
 
     def __init__(self, dim_in: int, hidden: int, num_classes: int, dropout: float) -> None:
         inner, outer = nn.Linear(dim_in, hidden), nn.Linear(hidden, num_classes)
-        super().__init__(inner, nn.ReLU(), nn.Dropout(dropout), outer)
+        super().__init__(inner, nn.ReLU(), Dropout(dropout), outer)
         for layer in (inner, outer):
             nn.init.kaiming_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -167,7 +221,7 @@ def cleared(stream: Ragged) -> Tensor:
     return stream.data.masked_fill(~stream.mask[..., None], 0)
 
 
-def attended(stream: Ragged, masked: bool) -> Tensor:
+def attention_mask(stream: Ragged, masked: bool) -> Tensor:
     """Return the mask for softmaxes and means: all True if padding takes part (parity)."""
     return stream.mask if masked else torch.ones_like(stream.mask)
 
@@ -284,7 +338,7 @@ class Simple(Head):
         parts = []
         for name, shape in self.shapes.items():
             stream = take(streams, name)
-            mask = attended(stream, self.masked)
+            mask = attention_mask(stream, self.masked)
             if shape.kind == "frames":
                 parts.append(self.project[name](self._pool(cleared(stream), mask)))
             else:
@@ -374,9 +428,7 @@ class Branch(nn.Module):
         self.project = Projection(dim_in, d, config.dropout)
         self.graph = GraphAttention(d, config.gat_slope) if config.graph_attention else None
         self.encode = (
-            nn.TransformerEncoderLayer(  # post-norm, ReLU: the defaults of torch, as in the code
-                d, config.num_heads, config.feedforward * d, config.dropout, batch_first=True
-            )
+            Encoder(d, config.num_heads, config.feedforward * d, config.dropout)
             if config.encoder
             else None
         )
@@ -390,7 +442,7 @@ class Branch(nn.Module):
     def summarise(self, x: Tensor, mask: Tensor) -> Tensor:
         """Return VP(TE(x)), (B, d), for ``x`` (B, T, d)."""
         if self.encode is not None:
-            x = self.encode(x, src_key_padding_mask=~mask)
+            x = self.encode(x, mask)
         return masked_mean(x, mask) if self.pool is None else self.pool(x, mask)
 
 
@@ -440,7 +492,7 @@ class Mdat(Head):
     def forward(self, streams: Mapping[str, Ragged]) -> HeadOutput:
         """Return logits (B, C); ``aux["joint"]`` is what the classifier sees."""
         speech, text = take(streams, "speech"), take(streams, "text")
-        a_mask, t_mask = attended(speech, self.masked), attended(text, self.masked)
+        a_mask, t_mask = attention_mask(speech, self.masked), attention_mask(text, self.masked)
         g_a = self.speech.relate(cleared(speech), a_mask)  # (B, Ta, d)
         g_t = self.text.relate(cleared(text), t_mask)  # (B, Tt, d)
         z_a, z_t = g_a, g_t
@@ -451,6 +503,6 @@ class Mdat(Head):
         if self.with_f0:
             f0 = take(streams, "f0")
             codes = self.f0_project(self.f0_embed(f0.data, f0.mask))  # (B, Tf, d)
-            parts.append(masked_mean(codes, attended(f0, self.masked)))
+            parts.append(masked_mean(codes, attention_mask(f0, self.masked)))
         joint = torch.cat(parts, -1)
         return HeadOutput(self.classify(joint), {"joint": joint})
