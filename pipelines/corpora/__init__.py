@@ -29,6 +29,25 @@ def names() -> tuple[str, ...]:
     return tuple(CORPORA)
 
 
+def describe() -> list[dict[str, object]]:
+    """Return one row per corpus: name, summary, licence, layout, published utterances, defaults."""
+    rows: list[dict[str, object]] = []
+    for name in CORPORA:
+        entry = corpus(name)
+        rows.append(
+            {
+                "name": entry.name,
+                "summary": entry.title,
+                "licence": entry.licence,
+                "layout": entry.layout,
+                "utterances": entry.published.total if entry.published else None,
+                "labels": entry.scheme,
+                "protocol": entry.protocol,
+            }
+        )
+    return rows
+
+
 def corpus(name: str) -> Corpus:
     """Return what is known about corpus ``name``; case does not matter.
 

@@ -18,7 +18,7 @@ import wave
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mer.cache.errors import ManifestError, UsageError
 from mer.pipelines.corpora.corpus import Corpus, Published, differences
@@ -294,7 +294,7 @@ def _wav(samples: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _state(root: Path) -> dict[str, object] | None:
+def _state(root: Path) -> dict[str, Any] | None:
     """Return what the marker says, None where the folder is absent or empty."""
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return None
@@ -310,10 +310,9 @@ def _state(root: Path) -> dict[str, object] | None:
     return state
 
 
-def _clear(root: Path, state: dict[str, object]) -> None:
+def _clear(root: Path, state: dict[str, Any]) -> None:
     """Remove the recordings that an older demo corpus lists, and nothing else."""
-    listed = state.get("files")
-    for name in listed if isinstance(listed, dict) else ():
+    for name in state.get("files", {}):
         path = root / name
         if path.resolve().is_relative_to(root.resolve()):
             path.unlink(missing_ok=True)
@@ -328,7 +327,7 @@ def _digest(path: Path) -> str | None:
         return None
 
 
-def _json(state: dict[str, object]) -> bytes:
+def _json(state: dict[str, Any]) -> bytes:
     return (json.dumps(state, indent=1) + "\n").encode()
 
 

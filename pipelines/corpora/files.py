@@ -161,9 +161,11 @@ def read_rows(path: Path, delimiter: str = ",") -> Iterator[dict[str, str]]:
         The table cannot be read.
     """
     try:
-        quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, delimiter=delimiter, quoting=quoting)
+            if delimiter == "\t":  # quotes in transcripts are quotes
+                reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+            else:
+                reader = csv.reader(file, delimiter=delimiter)
             header = [name.strip() for name in next(reader, [])]
             for row in reader:
                 yield dict(zip(header, map(str.strip, row), strict=False))
