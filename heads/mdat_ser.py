@@ -382,6 +382,10 @@ class MdatConfig:
         Embedding width of the F0 codes (code; paper 256).
     graph_attention : bool, default=True
         False: the projections go on as they are.
+    graph_residual : bool, default=False
+        Add the projections to what graph attention returns (ours; paper and code: no). Without it a
+        complete graph hands nearly the same vector to every frame until the scores have grown, and
+        the gradient of co-attention and pooling is 1e-6 of that of the rest at the start.
     co_attention : bool, default=True
         False: the streams meet only in the concatenation.
     encoder : bool, default=True
@@ -403,6 +407,7 @@ class MdatConfig:
     classifier: Classifier = "swiglu"
     code_dim: int = 512
     graph_attention: bool = True
+    graph_residual: bool = False
     co_attention: bool = True
     encoder: bool = True
     pooling: Literal["attentive", "mean"] = "attentive"
@@ -425,6 +430,7 @@ class Branch(nn.Module):
     def __init__(self, config: MdatConfig, dim_in: int) -> None:
         super().__init__()
         d = config.width
+        self.residual = config.graph_residual
         self.project = Projection(dim_in, d, config.dropout)
         self.graph = GraphAttention(d, config.gat_slope) if config.graph_attention else None
         self.encode = (
@@ -437,7 +443,9 @@ class Branch(nn.Module):
     def relate(self, x: Tensor, mask: Tensor) -> Tensor:
         """Return g = GAT(P(x)), (B, T, d), for ``x`` (B, T, D)."""
         x = self.project(x)
-        return x if self.graph is None else self.graph(x, mask)
+        if self.graph is None:
+            return x
+        return x + self.graph(x, mask) if self.residual else self.graph(x, mask)
 
     def summarise(self, x: Tensor, mask: Tensor) -> Tensor:
         """Return VP(TE(x)), (B, d), for ``x`` (B, T, d)."""

@@ -87,7 +87,9 @@ def _describe(hint: Any) -> str:
     if origin is Literal:
         return " or ".join(repr(a) for a in args)
     if origin is tuple:
-        return f"a list of {_describe(args[0])}"
+        if args[1:] == (...,):
+            return f"a list, each item {_describe(args[0])}"
+        return f"a list of {len(args)}: " + ", ".join(map(_describe, args))
     if hint in (None, type(None)):
         return "null"
     return {bool: "true or false", int: "an integer", float: "a number", str: "a string"}.get(
