@@ -354,13 +354,13 @@ class Recipe:
     training: Mapping[str, Any] = field(default_factory=dict)
     evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
 
-    def required_features(self) -> tuple[str, ...]:
+    def feature_strings(self) -> list[str]:
         """Return the feature strings that `mer extract` must have brought, each once, in order."""
         streams = [stream.feature for stream in self.features.values()]
         baselines: Iterable[str] = ()
         if set(self.evaluation.baselines) - {"majority"}:
             baselines = self.evaluation.baseline_features or ()
-        return tuple(dict.fromkeys([*streams, *(parse_feature(f).feature for f in baselines)]))
+        return list(dict.fromkeys([*streams, *(parse_feature(f).feature for f in baselines)]))
 
     def to_plain(self) -> dict[str, Any]:
         """Return the recipe as YAML has it, without `name`."""
