@@ -160,7 +160,7 @@ class Protocol:
 
 
 def make_folds(
-    protocol: str,
+    protocol: str | Protocol,
     utterances: Iterable[Utterance],
     seed: int = 0,
     *,
@@ -172,8 +172,8 @@ def make_folds(
 
     Parameters
     ----------
-    protocol : str
-        See the module docstring.
+    protocol : str or Protocol
+        A name of the module docstring, or a way of one's own.
     utterances : iterable of Utterance
         Those that take part in the task; ``label`` is what parts are balanced in.
     seed : int, default=0
@@ -195,30 +195,31 @@ def make_folds(
     ProtocolError
         No utterances, no speakers, too few of them, an empty part, or a leak.
     """
-    chosen = find(protocol)
+    chosen = protocol if isinstance(protocol, Protocol) else _find(protocol)
+    name = chosen.name
     rows = sorted(utterances, key=lambda u: u.id)
     if len({u.id for u in rows}) != len(rows):
         raise ProtocolError("Utterance ids are not unique, so they cannot be divided.")
     if not rows:
-        raise ProtocolError(f"Protocol {protocol!r} got no utterances. Check labels and scheme.")
+        raise ProtocolError(f"Protocol {name!r} got no utterances. Check labels and scheme.")
     if allow_leak is not None and not allow_leak.strip():
         raise ProtocolError("allow_leak needs the reason in words; reports print it.")
     parts, notes = chosen.divide(rows, seed)
     rule = validation or _default_rule(rows, parts)
-    if protocol == "official" and rule != "official" and any(u.split == "validation" for u in rows):
+    if name == "official" and rule != "official" and any(u.split == "validation" for u in rows):
         notes.append(f"The official validation part is trained on, too: the rule is {rule!r}.")
-    folds = _with_validation(rows, parts, rule, seed, protocol)
+    folds = _with_validation(rows, parts, rule, seed, name)
     notes += _missing_classes(rows, folds)
     leaks = find_leaks(rows, folds, content)
     if leaks and allow_leak is None:
         raise ProtocolError(
-            f"Protocol {protocol!r} leaks: {leaks[0]} Scores would be too good. Choose a protocol "
+            f"Protocol {name!r} leaks: {leaks[0]} Scores would be too good. Choose a protocol "
             "that keeps them apart (speaker-kfold-5, loso), or give the reason for wanting this "
             "one as evaluation.allow_leak."
         )
     leak = f"{allow_leak} ({' '.join(leaks)})" if leaks else None
     return Folds(
-        protocol=protocol,
+        protocol=name,
         version=chosen.version,
         folds=folds,
         validation=rule,
@@ -432,7 +433,7 @@ def names() -> tuple[str, ...]:
     return (*PROTOCOLS, *(f"{family}-K" for family in _FAMILIES))
 
 
-def find(name: str) -> Protocol:
+def protocol(name: str) -> Protocol:
     """Return the protocol called ``name``.
 
     Raises
@@ -453,6 +454,9 @@ def find(name: str) -> Protocol:
         raise ProtocolError(f"Protocol {name!r}: at least two folds are needed.")
     summary, build = _FAMILIES[match[1]]
     return Protocol(name=name, summary=summary, divide=build(num_folds))
+
+
+_find = protocol  # for functions with a parameter of that name
 
 
 # --- validation ----------------------------------------------------------------------------------
