@@ -42,7 +42,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mer.cache.errors import ManifestError, MissingDependencyError
 
@@ -678,8 +678,11 @@ def _columns_of(manifest: Manifest, base: Path) -> dict[str, list[Any]]:
 
 
 def _write_csv(columns: Mapping[str, Sequence[Any]], path: Path) -> None:
+    # With LF as the line end, the csv module leaves a lone carriage return unquoted.
+    returns = any(type(v) is str and "\r" in v for values in columns.values() for v in values)
+    quoting: Literal[0, 1] = csv.QUOTE_ALL if returns else csv.QUOTE_MINIMAL
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
+        writer = csv.writer(file, lineterminator="\n", quoting=quoting)
         writer.writerow(columns)
         writer.writerows(zip(*columns.values(), strict=True))
 
