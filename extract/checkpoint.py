@@ -131,21 +131,25 @@ def resolve(model: str, revision: str | None = None, *, also: Sequence[str] = ()
     CheckpointError
         Unknown, gated, unreachable or damaged; no configuration, or no weights in a format we read.
     """
-    local = Path(model).expanduser()
-    if local.is_dir():
+    try:
+        local = Path(model).expanduser()
+    except RuntimeError:  # ~ of somebody who does not exist
+        local = Path(model)
+    if model and local.is_dir():
         if revision is not None:
             raise CheckpointError(
                 f"revision={revision} was given, but {model} is a local folder, which has no "
                 "revisions."
             )
         return _identify(local, "local", None, also)
-    if local.exists():
+    if model and local.exists():
         raise CheckpointError(
             f"{model} is a file. Give the folder that holds config.json and the weights."
         )
     if model.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(model):
         raise CheckpointError(
-            f"There is no folder {model}, and that is no hub id (such as 'microsoft/wavlm-large') "
+            f"There is no folder {model!r}, and that is no hub id (such as "
+            "'microsoft/wavlm-large') "
             "either."
         )
     folder, commit = _fetch(model, revision, also)
@@ -318,32 +322,35 @@ def _fetch(model: str, revision: str | None, also: Sequence[str]) -> tuple[Path,
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
+        OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
-    wanted = (CONFIG, PREPROCESSOR, *also)
-    cached = _cached_snapshot(model, revision, also)
-    if cached is not None and revision is not None and _COMMIT.fullmatch(revision):
+    cached = _cached_snapshot(model, revision)
+    pinned = revision is not None and _COMMIT.fullmatch(revision) is not None
+    if cached and pinned and (not also or any((cached / name).is_file() for name in also)):
         return cached, cached.name
     at = f"{model}@{revision}" if revision else model
     try:
         info = HfApi().model_info(model, revision=revision)
-        commit, there = info.sha, [file.rfilename for file in info.siblings or ()]
-        if commit is None:
-            raise CheckpointError(f"The hub named no commit for {at}. {_LOCAL_HINT}")
+        there = [file.rfilename for file in info.siblings or ()]
+        chosen = [name for name in there if name in (CONFIG, PREPROCESSOR, *also)]
+        if cached and cached.name == info.sha and all((cached / c).is_file() for c in chosen):
+            return cached, cached.name
         index = [name for name in WEIGHT_FILES if name in there][:1]
         if not index:
             raise CheckpointError(
                 f"{at} on the hub holds no weights that we read ({' or '.join(WEIGHT_FILES[::2])})."
             )
         if index[0].endswith(".index.json"):
-            shards = (
-                Path(snapshot_download(model, revision=commit, allow_patterns=index)) / index[0]
+            path = (
+                Path(snapshot_download(model, revision=revision, allow_patterns=index)) / index[0]
             )
-            index += _shards(_read_json(shards), shards)
-        chosen = [*(name for name in there if name in wanted), *index]
-        return Path(snapshot_download(model, revision=commit, allow_patterns=chosen)), commit
+            index += _shards(_read_json(path), path)
+        # by the revision as given, so that the cache remembers its commit: offline needs that
+        folder = Path(snapshot_download(model, revision=revision, allow_patterns=chosen + index))
+        return folder, folder.name
     except CheckpointError:
         raise
     except GatedRepoError as error:
@@ -363,21 +370,25 @@ def _fetch(model: str, revision: str | None, also: Sequence[str]) -> tuple[Path,
     except HFValidationError as error:
         raise CheckpointError(f"{model!r} is no hub id: {error}") from error
     except Exception as error:  # no network, offline mode, a server's failure: classes vary
-        if cached is not None:
-            logger.warning(
-                "the hub cannot be reached, using the cached commit %s of %s", cached.name, model
-            )
+        offline = isinstance(error, OfflineModeIsEnabled)
+        if cached:
+            level = logging.INFO if offline else logging.WARNING
+            logger.log(level, "hub not reached, using the cached commit %s of %s", cached.name, at)
             return cached, cached.name
+        if offline:
+            raise CheckpointError(
+                f"{at} is not in the local hub cache, and HF_HUB_OFFLINE forbids to fetch it. "
+                f"Unset it, or fetch the model first. {_LOCAL_HINT}"
+            ) from error
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"{at} is not in the local hub cache and could not be fetched ({type(error).__name__}: "
-            f"{reason}). "
-            "Check the network and HF_HUB_OFFLINE, then run again: a download resumes. "
-            f"{_LOCAL_HINT}"
+            f"{at} is not in the local hub cache and could not be fetched "
+            f"({type(error).__name__}: {reason}). Check the network, then run again: a download "
+            f"resumes. {_LOCAL_HINT}"
         ) from error
 
 
-def _cached_snapshot(model: str, revision: str | None, also: Sequence[str]) -> Path | None:
+def _cached_snapshot(model: str, revision: str | None) -> Path | None:
     """Return the snapshot folder of a model that can be used from the hub's cache, else None."""
     from huggingface_hub import try_to_load_from_cache
 
@@ -387,8 +398,7 @@ def _cached_snapshot(model: str, revision: str | None, also: Sequence[str]) -> P
             folder = Path(config).parent
             with suppress(CheckpointError):
                 _weight_files(folder)
-                if not also or any((folder / name).is_file() for name in also):
-                    return folder
+                return folder
     return None
 
 

@@ -45,6 +45,8 @@ TASK_HEADS = (
     r"(\w+\.)?pooler\.",
     r"(\w+\.)?embeddings\.position_ids$",
 )
+# Without one of these transformers makes up an empty vocabulary, in which every word is unknown.
+VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "sentencepiece.bpe.model")
 OPTIONS = {
     "model": "",
     "revision": "",
@@ -106,6 +108,11 @@ class TextEncoder(Extractor):
             )
         if checkpoint.config.get("is_decoder"):
             raise CheckpointError(f"{checkpoint} is configured as a decoder; an encoder is needed.")
+        if not any((checkpoint.folder / name).is_file() for name in VOCABULARIES):
+            raise CheckpointError(
+                f"{checkpoint} holds no tokenizer: expected one of {', '.join(VOCABULARIES)}. "
+                "Save the model's tokenizer into its folder."
+            )
         self.pad_id = int(checkpoint.config.get("pad_token_id") or 0)
         self.max_tokens = int(checkpoint.need("max_position_embeddings"))
         if POSITIONS_AFTER_PAD[model_type]:

@@ -1,13 +1,14 @@
 """What every extractor promises, proved for every family of the registry.
 
-A family is covered by naming it in `CASES`; `test_every_registered_name_has_a_case` fails otherwise.
+A family is covered by naming it in `CASES`; `test_every_registered_name_has_a_case` fails
+otherwise.
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_checkpoints
+
 from mer.cache.errors import MissingDependencyError, UnknownNameError, UtteranceError
 from mer.cache.identity import canonical_json
 from mer.extract import registry
@@ -31,7 +33,9 @@ class Case:
 
 def _speech(model_type: str, variant: str) -> Case:
     def feature(folder: Path) -> str:
-        return f"{model_type}:model={tiny_checkpoints.speech(folder, model_type, variant)},layers=all"
+        return (
+            f"{model_type}:model={tiny_checkpoints.speech(folder, model_type, variant)},layers=all"
+        )
 
     return Case(model_type, feature)
 
@@ -64,13 +68,14 @@ CASES = {
     "roberta-mean": _roberta(",pooled=mean,special=drop"),
     "roberta-first": _roberta(",pooled=first"),
 }
-# From one model frame to just below the tiny Whisper's window; odd lengths, so that no hop divides them.
+# From one model frame to just below the tiny Whisper's window; odd lengths, so that no hop divides
+# them.
 LENGTHS = (400, 401, 720, 8_123, 8_123, 20_480, 31_999)
 TEXTS = ("a", "the quick brown fox", "the lazy dog, it was sad", "Größe?", "the dog")
 
 
 def clips() -> list[np.ndarray]:
-    """Voice-like sounds of several lengths, half of them with a DC offset, which padding would betray."""
+    """Voice-like sounds of several lengths, half of them with a DC offset that padding lacks."""
     rng = np.random.default_rng(7)
     sounds = []
     for i, length in enumerate(LENGTHS):
@@ -123,18 +128,20 @@ def feature(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture(scope="module")
-def extractor(feature: str) -> Iterator[Extractor]:
+def extractor(feature: str) -> Extractor:
     try:
         made = registry.create(feature)
         made.load("cpu")
     except MissingDependencyError as error:
         pytest.skip(str(error))
-    yield made
+    return made
 
 
 @pytest.fixture(scope="module")
 def inputs(extractor: Extractor) -> list[Any]:
-    return [extractor.prepare(source) for source in (TEXTS if extractor.modality == "text" else clips())]
+    return [
+        extractor.prepare(source) for source in (TEXTS if extractor.modality == "text" else clips())
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +151,9 @@ def alone(extractor: Extractor, inputs: list[Any]) -> Outputs:
 
 def test_every_registered_name_has_a_case() -> None:
     covered = {case.family for case in CASES.values()}
-    uncovered = {n for n in registry.EXTRACTORS if n not in covered and n.split("-")[0] not in covered}
+    uncovered = {
+        n for n in registry.EXTRACTORS if n not in covered and n.split("-")[0] not in covered
+    }
     assert not uncovered, f"add these families to CASES: {sorted(uncovered)}"
 
 
@@ -152,7 +161,9 @@ def test_batched_equals_alone(extractor: Extractor, inputs: list[Any], alone: Ou
     assert_close(run(extractor, inputs), alone)
 
 
-def test_order_in_a_batch_does_not_matter(extractor: Extractor, inputs: list[Any], alone: Outputs) -> None:
+def test_order_in_a_batch_does_not_matter(
+    extractor: Extractor, inputs: list[Any], alone: Outputs
+) -> None:
     assert_close(run(extractor, inputs[::-1])[::-1], alone)
 
 
@@ -250,5 +261,7 @@ for feature in sys.argv[1:]:
     heavy = {"torch", "transformers", "opensmile", "torchcrepe"} & set(sys.modules)
     assert not heavy, (feature, heavy)
 """
-    done = subprocess.run([sys.executable, "-c", program, *features], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program, *features], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
