@@ -13,10 +13,10 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import click
 
@@ -317,6 +317,216 @@ def extract(
     return result.exit_code
 
 
+# -- train-head, ensemble-vote, demo ---------------------------------------------------------------
+
+
+class _Integers(click.ParamType):
+    """A comma-separated list of whole numbers; ``all`` where that is allowed."""
+
+    name = "integers"
+
+    def __init__(self, *, word: str | None = None) -> None:
+        self.word = word
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> list[int] | str:
+        if value == self.word:
+            return value
+        try:
+            return [int(piece) for piece in value.split(",")]
+        except ValueError:
+            expected = "numbers like 1,2,3" + (f" or {self.word!r}" if self.word else "")
+            self.fail(f"{value!r}: expected {expected}.", param, ctx)
+
+
+@contextmanager
+def _training_bar() -> Iterator[Callable[[Mapping[str, Any]], None] | None]:
+    """Yield a hook that shows folds × seeds × epochs where stderr is a terminal, else None."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as show:
+        task = show.add_task("train", total=None)
+
+        def report(epoch: Mapping[str, Any]) -> None:
+            show.update(
+                task,
+                description=f"{epoch['fold']} seed {epoch['seed']} "
+                f"({epoch['training']}/{epoch['trainings']})",
+                total=epoch["trainings"] * epoch["epochs"],
+                completed=(epoch["training"] - 1) * epoch["epochs"] + epoch["epoch"],
+            )
+
+        yield report
+
+
+@main.command(
+    "train-head",
+    epilog="""\b
+Examples:
+  mer train-head mdat-ravdess --root RAVDESS --extract
+  mer train-head simple --dataset my.csv --set features.speech=wavlm-large --seeds 1,2,3
+""",
+)
+@click.argument("recipe")
+@click.option("--dataset", help="Corpus name or manifest, in place of the recipe's.")
+@root_option
+@cache_option
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder of the run, absent or empty.  [default: a new one under runs/]",
+)
+@click.option("--set", "overrides", multiple=True, metavar="K=V", help="Override a recipe's key.")
+@click.option("--seeds", type=_Integers(), metavar="1,2,3", help="Seeds, in place of the recipe's.")
+@click.option("--folds", type=_Integers(word="all"), metavar="all|1,2", help="Folds to run.")
+@click.option("--extract", "bring", is_flag=True, help="First bring missing features.")
+@device_option
+@workers_option
+@json_option
+def train_head(
+    recipe: str,
+    dataset: str | None,
+    root: Path | None,
+    cache_url: str | None,
+    out: Path | None,
+    overrides: tuple[str, ...],
+    seeds: list[int] | None,
+    folds: list[int] | Literal["all"] | None,
+    bring: bool,
+    device: str,
+    workers: int,
+    as_json: bool,
+) -> int:
+    """Train and evaluate the head of RECIPE by its protocol, from the cache.
+
+    RECIPE is a shipped name (`mer recipes ls`) or the path of a YAML file.
+    """
+    from mer.pipelines import corpora
+    from mer.pipelines.recipe import load_recipe
+
+    opened = _cache(cache_url)
+    loaded = load_recipe(recipe, overrides)
+    if bring:
+        from mer.pipelines.extraction import extract as run_extraction
+
+        resolved = loaded.with_run_options(dataset=dataset, root=str(root) if root else None)
+        name, where = resolved.dataset.name, resolved.dataset.root
+        if name is None:
+            raise click.UsageError("--extract needs to know the corpus: give --dataset.")
+        with _counting_bar("reading recordings") as hashing, _extraction_bar() as bar:
+            brought = run_extraction(
+                corpora.load(name, where),
+                loaded.feature_strings(),
+                opened,
+                device=device,
+                workers=workers,
+                hashing=hashing,
+                progress=bar,
+            )
+        _show_failures(brought.report.failures)
+    from mer.pipelines.experiment import run_recipe
+
+    with _training_bar() as progress:
+        result = run_recipe(
+            loaded,
+            cache=opened,
+            dataset=dataset,
+            root=root,
+            out=out,
+            seeds=seeds,
+            folds=folds,
+            device=device,
+            progress=progress,
+        )
+
+    def text() -> str:
+        return f"{result.table()}\n\nrun: {result.run} ({result.seconds:.1f} s)"
+
+    for note in result.notes:
+        click.echo(f"note: {note}", err=True)
+    _emit(result.to_json(), as_json, text)
+    return 0
+
+
+@main.command(
+    "ensemble-vote",
+    epilog="""\b
+Examples:
+  mer ensemble-vote runs/a runs/b runs/c
+  mer ensemble-vote runs/* --method soft --out runs/vote
+""",
+)
+@click.argument(
+    "runs", nargs=-1, required=True, metavar="RUN RUN...", type=click.Path(path_type=Path)
+)
+@click.option(
+    "--method",
+    default="majority",
+    metavar="majority|soft|weighted",
+    help="Most labels (a tie goes to the best member by validation macro-F1), mean of the "
+    "probabilities, or their mean weighted by validation macro-F1.",
+)
+@click.option(
+    "--members",
+    type=click.Choice(["runs", "seeds"]),
+    default="runs",
+    help="Whether a run votes once (the mean of its seeds) or once per seed.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder of the vote, absent or empty.  [default: a new one under runs/]",
+)
+@json_option
+def ensemble_vote(
+    runs: tuple[Path, ...],
+    method: str,
+    members: Literal["runs", "seeds"],
+    out: Path | None,
+    as_json: bool,
+) -> int:
+    """Join the predictions of several runs by utterance and vote.
+
+    Runs must share utterances, split and label set.
+    """
+    from mer.pipelines.voting import ensemble_vote as vote
+
+    result = vote(runs, method=method, members=members, out=out)
+    _emit(result.to_json(), as_json, lambda: f"{result.table()}\n\nvote: {result.run}")
+    return 0
+
+
+@main.command(epilog="\b\nExample:\n  mer demo --out demo")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("demo"),
+    metavar="DIR",
+    help="Folder for the corpus, the cache and the runs.",
+)
+@device_option
+@json_option
+def demo(out: Path, device: str, as_json: bool) -> int:
+    """Synthesise a small corpus, then extract, train and vote on it, as on a real one."""
+    from mer.pipelines.demo import run_demo
+
+    def say(message: str) -> None:
+        click.echo(message, err=True)
+
+    with _extraction_bar() as bar:
+        result = run_demo(out, device=device, say=say, progress=bar)
+    _emit(result.to_json(), as_json, result.to_text)
+    return 3 if result.extraction.report.failures else 0
+
+
 # -- cache -----------------------------------------------------------------------------------------
 
 
@@ -447,16 +657,27 @@ def heads() -> None:
 @json_option
 def heads_ls(as_json: bool) -> int:
     """List the heads that recipes can train."""
-    from mer.heads.registry import describe
+    from mer.heads.registry import names, resolve
 
-    rows = describe()
-    _emit(
-        {"heads": rows},
-        as_json,
-        lambda: _table(
-            ["head", "streams", "what"], [[r["name"], r["streams"], r["summary"]] for r in rows]
-        ),
-    )
+    rows = []
+    for name in names():
+        head = resolve(name)
+        streams = {s: spec.kind + "?" * spec.optional for s, spec in head.inputs.items()}
+        summary = (head.__doc__ or "").strip().splitlines()[0]
+        rows.append({"name": name, "streams": streams, "summary": summary})
+
+    def text() -> str:
+        cells = [
+            [
+                r["name"],
+                ", ".join(f"{s}: {k}" for s, k in r["streams"].items()) or "any",
+                r["summary"],
+            ]
+            for r in rows
+        ]
+        return _table(["head", "streams (? optional)", "what"], cells)
+
+    _emit({"heads": rows}, as_json, text)
     return 0
 
 
@@ -469,18 +690,19 @@ def recipes() -> None:
 @json_option
 def recipes_ls(as_json: bool) -> int:
     """List the shipped recipes."""
-    from mer.pipelines.recipe import load_recipe, names
+    from mer.pipelines.recipe import describe, load_recipe, names
 
     rows = []
     for name in names():
         recipe = load_recipe(name)
-        rows.append({"name": name, "head": recipe.head.name, "features": recipe.feature_strings()})
+        features = list(recipe.feature_strings())
+        row = {"name": name, "head": recipe.head.name, "features": features}
+        rows.append({**row, "summary": describe(name)})
     _emit(
         {"recipes": rows},
         as_json,
         lambda: _table(
-            ["recipe", "head", "features"],
-            [[r["name"], r["head"], " ".join(r["features"])] for r in rows],
+            ["recipe", "head", "what"], [[r["name"], r["head"], r["summary"]] for r in rows]
         ),
     )
     return 0
@@ -509,12 +731,28 @@ def corpora_ls(as_json: bool) -> int:
     """List the corpora that mer reads as distributed."""
     from mer.pipelines import corpora
 
-    rows = corpora.describe()
-    _emit(
-        {"corpora": rows},
-        as_json,
-        lambda: _table(["corpus", "what"], [[r["name"], r["summary"]] for r in rows]),
-    )
+    found = [corpora.corpus(name) for name in corpora.names()]
+    rows = [
+        {
+            "name": c.name,
+            "title": c.title,
+            "utterances": c.published.total if c.published else None,
+            "labels": c.scheme,
+            "protocol": c.protocol,
+            "layout": c.layout,
+            "licence": c.licence,
+        }
+        for c in found
+    ]
+
+    def text() -> str:
+        cells = [
+            [r["name"], r["utterances"] or "-", r["labels"], r["protocol"], r["title"]]
+            for r in rows
+        ]
+        return _table(["corpus", "utterances", "labels", "protocol", "what"], cells)
+
+    _emit({"corpora": rows}, as_json, text)
     return 0
 
 
