@@ -217,7 +217,15 @@ def _codes(output: OutputSpec) -> int:
 # -- reading ---------------------------------------------------------------------------------------
 
 
-def load(recipe: Recipe, planned: Plan, cache: Cache) -> Dataset:
+def identify(planned: Plan, cache: Cache) -> Resolved:
+    """Return the keys of all utterances of a plan: what their sound and words hash to."""
+    modalities = {extractor.modality for extractor in planned.extractors.values()}
+    taking_part = {u.id for u in planned.utterances}
+    sources = [s for s in sources_of(planned.manifest) if s.id in taking_part]
+    return resolve(sources, cache.root, audio="audio" in modalities, text="text" in modalities)
+
+
+def load(recipe: Recipe, planned: Plan, resolved: Resolved, cache: Cache) -> Dataset:
     """Read all features of a plan from the cache.
 
     Raises
@@ -225,13 +233,11 @@ def load(recipe: Recipe, planned: Plan, cache: Cache) -> Dataset:
     MissingFeatureError
         Features that are not in the cache: names the `mer extract` command that brings them.
     """
-    modalities = {extractor.modality for extractor in planned.extractors.values()}
-    by_id = {u.id: u for u in planned.utterances}
-    sources = [s for s in sources_of(planned.manifest) if s.id in by_id]
-    resolved = resolve(sources, cache.root, audio="audio" in modalities, text="text" in modalities)
     stores = {name: cache.open(e.spec) for name, e in planned.extractors.items()}
     missing = {
-        feature: _missing(by_id, _keys(resolved, extractor), stores[feature])
+        feature: _missing(
+            [u.id for u in planned.utterances], _keys(resolved, extractor), stores[feature]
+        )
         for feature, extractor in planned.extractors.items()
     }
     dropped = _drop_or_refuse(recipe, planned, cache, resolved, missing, stores)
@@ -277,7 +283,7 @@ def _keys(resolved: Resolved, extractor: Extractor) -> Mapping[str, bytes]:
     return resolved.audio_keys if extractor.modality == "audio" else resolved.text_keys
 
 
-def _missing(ids: Iterable[str], keys: Mapping[str, bytes], store: Store | None) -> list[str]:
+def _missing(ids: Sequence[str], keys: Mapping[str, bytes], store: Store | None) -> list[str]:
     """Return the utterances that have no key or are not in the store."""
     keyed = [i for i in ids if i in keys]
     stored = set()

@@ -1,48 +1,14 @@
-"""Where a result comes from: versions, split and stores, so that it can be made again."""
+"""What a result was made with, beside its recipe: versions and machine."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Protocol
+from typing import Any
 
 import mer
-from mer.cache.identity import fingerprint
 
 PACKAGES = ("numpy", "torch", "transformers", "scikit-learn", "scipy", "safetensors")
-
-
-class Split(Protocol):
-    """What a split hash covers: a fold's name and the utterance ids of its three parts."""
-
-    @property
-    def name(self) -> str:
-        """Name of the fold."""
-
-    @property
-    def train(self) -> Sequence[str]:
-        """Ids trained on."""
-
-    @property
-    def validation(self) -> Sequence[str]:
-        """Ids that choose the epoch."""
-
-    @property
-    def test(self) -> Sequence[str]:
-        """Ids reported on."""
-
-
-def split_hash(folds: Iterable[Split]) -> str:
-    """Return a hash of which utterance stands where, whatever the order within a part.
-
-    Runs of equal hash trained, chose and were tested on the same utterances, fold by fold.
-    """
-    parts = {
-        fold.name: [sorted(fold.train), sorted(fold.validation), sorted(fold.test)]
-        for fold in folds
-    }
-    return fingerprint({"split": parts})
 
 
 def versions() -> dict[str, str]:

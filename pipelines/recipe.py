@@ -31,7 +31,7 @@ from mer.cache.errors import RecipeError, UnknownNameError, UsageError
 from mer.extract.registry import names as feature_names
 from mer.extract.registry import parse_feature
 from mer.heads import registry as heads
-from mer.pipelines import labels
+from mer.pipelines import labels, protocols
 
 FOLDER = Path(__file__).parent / "recipes"
 BASELINES = ("majority", "logreg", "svm")
@@ -90,7 +90,7 @@ def _folds(value: Any) -> tuple[int, ...] | None:
     folds = _many(_count)(value)
     if 0 in folds:
         raise ValueError(f"counts folds from 1. Got {value!r} instead.")
-    return tuple(folds)
+    return tuple(sorted(folds))
 
 
 def _pool(value: Any) -> int | Literal["mean"]:
@@ -122,6 +122,10 @@ def _head(value: Any) -> str:
     if _text(value) not in heads.names():
         raise UnknownNameError("head", value, heads.names(), "mer heads ls")
     return str(value)
+
+
+def _protocol(value: Any) -> str:
+    return protocols.protocol(_text(value)).name
 
 
 def _plain(value: Any) -> Any:
@@ -320,7 +324,7 @@ class EvaluationRecipe(_Group):
         results.
     """
 
-    protocol: str | None = _key(_optional(_text), default=None)
+    protocol: str | None = _key(_optional(_protocol), default=None)
     validation: str | None = _key(_optional(_text), default=None)
     seeds: tuple[int, ...] = _key(_many(_count), default=(1, 2, 3))
     folds: tuple[int, ...] | None = _key(_folds, default=None)

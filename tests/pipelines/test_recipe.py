@@ -52,9 +52,9 @@ dataset: {labels: emodb7}
 features: {speech: logmle, text: {feature: logmel, pol: 2}}
 head: {dim: 3}
 training: 7
-evaluation: {protocl: loso, seeds: [1, 1], folds: [0]}
+evaluation: {protocl: loso, protocol: losso, seeds: [1, 1], folds: [0]}
 """)
-    with pytest.raises(RecipeError, match="has 9 faults") as caught:
+    with pytest.raises(RecipeError, match="has 10 faults") as caught:
         load_recipe(path)
     message = str(caught.value)
     assert str(path) in message
@@ -66,6 +66,7 @@ evaluation: {protocl: loso, seeds: [1, 1], folds: [0]}
         "head.name: is missing",
         "training: must be a mapping",
         "evaluation.protocl: Unknown key 'protocl'. Did you mean 'protocol'?",
+        "evaluation.protocol: Unknown protocol 'losso'. Did you mean 'loso'?",
         "evaluation.seeds: must not name anything twice. Got [1, 1]",
         "evaluation.folds: counts folds from 1",
     ):
@@ -198,7 +199,7 @@ def test_run_options_replace_what_the_recipe_says(write):
     recipe = load_recipe(write(MINIMAL + "dataset: {name: emodb, root: there, labels: emodb-7}"))
     run = recipe.with_run_options(dataset="nemo", seeds=[7], folds=[2, 1])
     assert (run.dataset.name, run.dataset.root) == ("nemo", None)
-    assert (run.evaluation.seeds, run.evaluation.folds) == ((7,), (2, 1))
+    assert (run.evaluation.seeds, run.evaluation.folds) == ((7,), (1, 2))
     assert recipe.with_run_options(root="here").dataset.root == "here"
     assert recipe.with_run_options() == recipe
     with pytest.raises(RecipeError, match=r"seeds must not be an empty list"):
