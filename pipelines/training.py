@@ -87,7 +87,7 @@ class FeatureSet:
     num_codes: Mapping[str, int] = field(default_factory=dict)
     shapes: Mapping[str, StreamShape] = field(init=False)
     _means: dict[tuple[str, str], np.ndarray] = field(
-        default_factory=dict, repr=False, compare=False
+        default_factory=dict, init=False, repr=False, compare=False
     )
 
     def __post_init__(self) -> None:
@@ -163,13 +163,15 @@ class FeatureSet:
                 f"{len(missing)} utterances are not in the feature set, the first {missing[0]!r}."
             )
         rows = [rows_by_id[i] for i in ids]
-        return dataclasses.replace(
+        chosen = dataclasses.replace(
             self,
             ids=tuple(ids),
             streams={name: [a[r] for r in rows] for name, a in self.streams.items()},
             labels=None if self.labels is None else self.labels[rows],
             speakers=None if self.speakers is None else [self.speakers[r] for r in rows],
         )
+        object.__setattr__(chosen, "_means", self._means)  # the same utterances, the same means
+        return chosen
 
     def means(self, stream: str) -> list[np.ndarray]:
         """Return the mean over time of every utterance as one frame, (1, D) float32 each.
@@ -524,7 +526,7 @@ class _Loop:
         assert training.labels is not None
         self.head, self.config, self.seed, self.device = head, config, seed, device
         self.notes: list[str] = []
-        self.ids = training.ids
+        self.ids, self.classes = training.ids, training.classes
         self.streams = _pack(training, training.shapes, head, device)
         if config.standardise:
             for name, stream in self.streams.items():
@@ -590,7 +592,7 @@ class _Loop:
             "lr": self.optimiser.param_groups[0]["lr"],
             "loss": float(values.mean()),
         }
-        probabilities = np.zeros((0, 0), dtype=np.float32)
+        probabilities = np.zeros((0, len(self.classes)), dtype=np.float32)
         if self.validation is not None:
             logits = _logits(self.head, self.validation, self.config, self.device)
             probabilities = logits.softmax(-1).numpy()
