@@ -42,7 +42,8 @@ class KeyIndex:
         first[1:] = (high[1:] != high[:-1]) | (low[1:] != low[:-1])
         self._high, self._low, self._rows = high[first], low[first], order[first]
         # Keys are hashes: that two share their first eight bytes is possible, not to be expected.
-        self._ambiguous = bool((self._high[1:] == self._high[:-1]).any())
+        shared = bool((self._high[1:] == self._high[:-1]).any())
+        self._whole = _strings(keys[self._rows]) if shared else None
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -57,17 +58,18 @@ class KeyIndex:
         high, low = _words(keys)
         if not len(self):
             return np.full(len(high), -1, np.int64)
-        at = np.searchsorted(self._high, high)
+        if self._whole is None:
+            at = np.searchsorted(self._high, high)
+        else:
+            at = np.searchsorted(self._whole, _strings(keys))
         np.minimum(at, len(self) - 1, out=at)
-        if self._ambiguous:
-            end = len(self) - 1
-            step = (self._high[at] == high) & (self._low[at] < low)
-            while step.any():
-                at[step] += 1
-                np.minimum(at, end, out=at)
-                step &= (self._high[at] == high) & (self._low[at] < low) & (at < end)
         hit = (self._high[at] == high) & (self._low[at] == low)
         return np.where(hit, self._rows[at], -1)
+
+
+def _strings(keys: np.ndarray) -> np.ndarray:
+    """Return keys as strings of bytes, which sort as their words do but ten times more slowly."""
+    return np.ascontiguousarray(keys, np.uint8).view(f"S{KEY_BYTES}").reshape(-1)
 
 
 def _words(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -12,7 +12,6 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -97,26 +96,41 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pool.forget_lock)
 
 
-@dataclass(slots=True)
 class _Frames:
     """Where the frames of one output lie."""
 
-    num_frames: int
-    dtype: np.dtype
-    dim: int
-    rows: int  # of an inner chunk
-    verified: bytearray  # one flag per inner chunk
-    index_verified: bool = False
-    offsets: np.ndarray | None = None
+    __slots__ = (
+        "chunk_bytes",
+        "data_bytes",
+        "dim",
+        "dtype",
+        "file_bytes",
+        "index_verified",
+        "num_chunks",
+        "num_frames",
+        "offsets",
+        "path",
+        "rows",
+        "verified",
+    )
 
-    @property
-    def data_bytes(self) -> int:
-        """Size of an inner chunk without its checksum."""
-        return self.rows * self.dim * self.dtype.itemsize
-
-    @property
-    def chunk_bytes(self) -> int:
-        return self.data_bytes + layout.CRC_BYTES
+    def __init__(self, path: str, fields: Mapping[str, Any], output: OutputSpec) -> None:
+        name = str(fields["dtype"])
+        self.path = path
+        self.num_frames, self.rows = int(fields["frames"]), int(fields["chunk_frames"])
+        if name not in layout.FLOAT_DTYPES + layout.CODE_DTYPES or self.rows < 1:
+            raise ValueError(f"output {output.name!r} is described by {dict(fields)}")
+        self.dim = output.dim
+        self.dtype = layout.little(name)
+        self.num_chunks = -(-self.num_frames // self.rows)
+        self.data_bytes = self.rows * self.dim * self.dtype.itemsize
+        self.chunk_bytes = self.data_bytes + layout.CRC_BYTES
+        self.file_bytes = (
+            self.num_chunks * (self.chunk_bytes + layout.INDEX_ENTRY_BYTES) + layout.CRC_BYTES
+        )
+        self.verified = bytearray(self.num_chunks)  # one flag per inner chunk
+        self.index_verified = False
+        self.offsets: np.ndarray | None = None
 
 
 class PartReader:
@@ -147,7 +161,12 @@ class PartReader:
         try:
             self.num_utterances = int(manifest["utterances"])
             self._files = {name: int(file["bytes"]) for name, file in manifest["files"].items()}
-            self._frames = {o.name: _frames_of(manifest["outputs"][o.name], o) for o in outputs}
+            self._frames = {
+                o.name: _Frames(
+                    f"{self.folder}/{_shard_file(o.name)}", manifest["outputs"][o.name], o
+                )
+                for o in outputs
+            }
         except (KeyError, TypeError, ValueError) as error:
             raise DamagedStoreError(
                 f"{metadata} lacks what a manifest holds: {error!r}."
@@ -155,6 +174,9 @@ class PartReader:
         self.num_bytes = len(data) + sum(self._files.values())
         self._pooled_verified: set[str] = set()
         self._check_files()
+        for output, frames in self._frames.items():
+            if frames.num_frames:
+                self._listed(_shard_file(output), frames.file_bytes)
 
     def _check_files(self) -> None:
         for name, expected in self._files.items():
@@ -201,7 +223,8 @@ class PartReader:
         name = f"{output}/{layout.POOLED}"
         file = f"{name}/{layout.chunk_file(3)}"
         num_bytes = math.prod(shape) * 4
-        data = self._mapped(file, num_bytes + layout.CRC_BYTES)
+        num_bytes_in_file = num_bytes + layout.CRC_BYTES
+        data = _pool.get(self._listed(file, num_bytes_in_file), num_bytes_in_file)
         if name not in self._pooled_verified:
             _verify(data, f"{self.folder}/{file}")
             self._pooled_verified.add(name)
@@ -222,9 +245,6 @@ class PartReader:
             raise DamagedStoreError(f"{path} has {len(data)} bytes, its manifest says {expected}.")
         _verify(data, path)
         return data[: -layout.CRC_BYTES].view(kind).reshape(shape)
-
-    def _mapped(self, file: str, expected: int) -> np.ndarray:
-        return _pool.get(self._listed(file, expected), expected)
 
     def _listed(self, file: str, expected: int) -> str:
         path = f"{self.folder}/{file}"
@@ -252,24 +272,17 @@ class PartReader:
         if start == stop:
             return
         frames = self._frames[output]
-        rows, dim = frames.rows, frames.dim
-        data = self._shard(output, frames)
-        num_chunks = len(frames.verified)
+        rows, dim, item = frames.rows, frames.dim, frames.dtype.itemsize
+        data = _pool.get(frames.path, frames.file_bytes)
+        if not frames.index_verified:
+            _verify_index(data, frames)
         # The checksum behind each chunk is skipped by the stride.
-        chunks: np.ndarray = np.ndarray(
-            (num_chunks, rows, dim),
-            frames.dtype,
-            data,
-            0,
-            (frames.chunk_bytes, dim * frames.dtype.itemsize, frames.dtype.itemsize),
-        )
+        shape, strides = (frames.num_chunks, rows, dim), (frames.chunk_bytes, dim * item, item)
+        chunks: np.ndarray = np.ndarray(shape, frames.dtype, data, 0, strides)
         first, last = start // rows, (stop - 1) // rows
         for chunk in range(first, last + 1):
             if not frames.verified[chunk]:
-                begin = chunk * frames.chunk_bytes
-                where = f"chunk {chunk} of {self.folder}/{_shard_file(output)}"
-                _verify(data[begin : begin + frames.chunk_bytes], where)
-                frames.verified[chunk] = 1
+                _verify_chunk(data, frames, chunk)
         head = start - first * rows
         if first == last:
             out[...] = chunks[first, head : head + stop - start]
@@ -283,34 +296,26 @@ class PartReader:
             done += whole * rows
         out[done:] = chunks[last, : stop - start - done]
 
-    def _shard(self, output: str, frames: _Frames) -> np.ndarray:
-        num_chunks = len(frames.verified)
-        end = num_chunks * frames.chunk_bytes
-        index_bytes = num_chunks * layout.INDEX_ENTRY_BYTES + layout.CRC_BYTES
-        data = self._mapped(_shard_file(output), end + index_bytes)
-        if not frames.index_verified:
-            where = f"index of {self.folder}/{_shard_file(output)}"
-            _verify(data[end:], where)
-            entries = np.frombuffer(data[end : -layout.CRC_BYTES].tobytes(), "<u8").reshape(-1, 2)
-            expected = np.arange(num_chunks, dtype=np.uint64) * np.uint64(frames.chunk_bytes)
-            if (entries[:, 0] != expected).any() or (entries[:, 1] != frames.chunk_bytes).any():
-                raise DamagedStoreError(f"{where} does not list equal chunks in order.")
-            frames.index_verified = True
-        return data
-
 
 def _shard_file(output: str) -> str:
     return f"{output}/{layout.FRAMES}/{layout.chunk_file(2)}"
 
 
-def _frames_of(fields: Mapping[str, Any], output: OutputSpec) -> _Frames:
-    num_frames, rows = int(fields["frames"]), int(fields["chunk_frames"])
-    dtype = str(fields["dtype"])
-    if dtype not in (*layout.FLOAT_DTYPES, *layout.CODE_DTYPES) or num_frames < 0 or rows < 1:
-        raise ValueError(f"output {output.name!r} is described by {dict(fields)}")
-    return _Frames(
-        num_frames, layout.little(dtype), output.dim, rows, bytearray(-(-num_frames // rows))
-    )
+def _verify_index(data: np.ndarray, frames: _Frames) -> None:
+    index = data[frames.num_chunks * frames.chunk_bytes :]
+    where = f"The index of {frames.path}"
+    _verify(index, where)
+    entries = np.frombuffer(index[: -layout.CRC_BYTES].tobytes(), "<u8").reshape(-1, 2)
+    expected = np.arange(frames.num_chunks, dtype=np.uint64) * np.uint64(frames.chunk_bytes)
+    if (entries[:, 0] != expected).any() or (entries[:, 1] != frames.chunk_bytes).any():
+        raise DamagedStoreError(f"{where} does not list equal chunks in order.")
+    frames.index_verified = True
+
+
+def _verify_chunk(data: np.ndarray, frames: _Frames, chunk: int) -> None:
+    begin = chunk * frames.chunk_bytes
+    _verify(data[begin : begin + frames.chunk_bytes], f"Chunk {chunk} of {frames.path}")
+    frames.verified[chunk] = 1
 
 
 def _verify(data: np.ndarray, where: str) -> None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -46,6 +47,17 @@ from mer.cache.staging import publish, staged, write_file, writing
 from mer.cache.writer import PartWriter
 
 logger = logging.getLogger(__name__)
+
+_refreshing = threading.Lock()  # so that an older listing never replaces a newer one
+
+
+def _forget_lock() -> None:
+    global _refreshing
+    _refreshing = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # a thread that holds it does not exist in the child
+    os.register_at_fork(after_in_child=_forget_lock)
 
 _STORE_NAME = re.compile(rf".+-[0-9a-f]{{{FINGERPRINT_IN_NAME}}}")
 _OUTPUT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
@@ -387,17 +399,20 @@ class Store:
         DamagedStoreError
             A manifest does not hold, or a file it lists is missing or of another size.
         """
-        self._stale = False  # before looking: what is committed meanwhile is found next time
-        known = {} if self._seen is None else {part.id: part for part in self._seen.parts}
-        parts: list[PartReader] = []
-        for folder in self._part_folders():
-            part = known.get(folder.name)
-            if part is None:
-                part = self._read_part(folder)
-            if part is not None:
-                parts.append(part)
-        if self._seen is None or [part.id for part in parts] != list(known):
-            self._seen = _Snapshot(parts)
+        with _refreshing:
+            self._stale = False  # before looking: what is committed meanwhile is found next time
+            try:
+                known = {} if self._seen is None else {part.id: part for part in self._seen.parts}
+                parts: list[PartReader] = []
+                for folder in self._part_folders():
+                    part = known.get(folder.name) or self._read_part(folder)
+                    if part is not None:
+                        parts.append(part)
+            except BaseException:
+                self._stale = True
+                raise
+            if self._seen is None or [part.id for part in parts] != list(known):
+                self._seen = _Snapshot(parts)
 
     def _part_folders(self) -> list[Path]:
         parts = self.path / layout.PARTS
