@@ -58,7 +58,8 @@ class GraphAttention(nn.Module):
         receiver, sender = (h @ self.edge.T).unbind(-1)  # (B, T) each: u·h_i and v·h_j
         # masked before the LeakyReLU, which keeps -inf: (B, T) to fill instead of (B, T, T)
         sender = sender.masked_fill(~mask, -math.inf)
-        scores = F.leaky_relu(receiver[:, :, None] + sender[:, None, :], self.slope)  # (B, T, T)
+        scores = receiver[:, :, None] + sender[:, None, :]  # (B, T, T)
+        scores = F.leaky_relu(scores, self.slope, inplace=True)
         out: Tensor = scores.softmax(-1) @ h
         return out
 
@@ -127,8 +128,8 @@ class Encoder(nn.Module):
         q, k, v = split.permute(2, 0, 3, 1, 4)  # (B, H, T, d/H) each
         visible = mask[:, None, None]  # (B, 1, 1, T)
         if self.training and x.device.type == "cpu":  # for the sake of our dropout
-            scores = q @ k.mT / math.sqrt(q.shape[-1])  # (B, H, T, T)
-            weights = scores.masked_fill(~visible, -math.inf).softmax(-1)
+            scores = q / math.sqrt(q.shape[-1]) @ k.mT  # (B, H, T, T), filled in place: it is large
+            weights = scores.masked_fill_(~visible, -math.inf).softmax(-1)
             attended = self.dropout(weights) @ v
         else:
             p = self.dropout.p if self.training else 0.0
@@ -445,7 +446,8 @@ class Branch(nn.Module):
         x = self.project(x)
         if self.graph is None:
             return x
-        return x + self.graph(x, mask) if self.residual else self.graph(x, mask)
+        related: Tensor = self.graph(x, mask)
+        return x + related if self.residual else related
 
     def summarise(self, x: Tensor, mask: Tensor) -> Tensor:
         """Return VP(TE(x)), (B, d), for ``x`` (B, T, d)."""
