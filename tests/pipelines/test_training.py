@@ -12,7 +12,7 @@ import torch
 
 from mer.cache.errors import CheckpointError, RecipeError, UsageError
 from mer.heads.contract import StreamShape
-from mer.pipelines import training
+from mer.pipelines import batching, training
 from mer.pipelines.metrics import classification
 from mer.pipelines.training import (
     DivergedError,
@@ -195,6 +195,25 @@ def test_batches_of_one_utterance_train(count: int) -> None:
     few = learn.select(list(learn.ids)[:count])
     result = train("mdat", SMALL, few, check, dataclasses.replace(FAST, batch_size=4), seed=1)
     assert all(np.isfinite(e["loss"]) for e in result.history)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("head", ["simple", "mdat"])
+@pytest.mark.parametrize("fits", [True, False])
+def test_training_on_cuda_comes_close_to_cpu(
+    head: str, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batching, "_fits", lambda data, device: fits)
+    learn, check, test = parts(features())
+    options = SMALL | {"dropout": 0.0}  # the devices draw other numbers
+    on_cpu = train(head, options, learn, check, FAST, seed=1)
+    on_cuda = train(head, options, learn, check, FAST, seed=1, device="cuda")
+    assert on_cuda.history[0]["loss"] == pytest.approx(on_cpu.history[0]["loss"], rel=0.05)
+    np.testing.assert_allclose(
+        predict(on_cpu.head, test, device="cuda"), predict(on_cpu.head, test), atol=1e-3
+    )
+    assert all(t.device.type == "cpu" for t in on_cuda.head.state.values())
 
 
 # -- classes ---------------------------------------------------------------------------------------
