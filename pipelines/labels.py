@@ -1,6 +1,6 @@
 """Label schemes: which classes a task has, and what every label of a corpus becomes.
 
-Corpora name their labels canonically (``datasets``: angry, happy, sad, neutral, fear, disgust,
+Corpora name their labels canonically (angry, happy, sad, neutral, fear, disgust,
 surprise, calm, contempt, excited, frustrated, boredom, worried, other, no-agreement). A scheme maps
 those onto its classes, or drops them; anything else is an error, never a silent loss.
 """
@@ -224,7 +224,8 @@ def as_given(utterances: Iterable[Utterance], target: str | None = None) -> Labe
     classes = sorted({label for u in utterances if (label := _label(u, target)) is not None})
     if len(classes) < 2:
         raise ManifestError(
-            f"A task needs at least two classes; the {_where(target)} has: {', '.join(classes) or 'none'}."
+            f"A task needs at least two classes; the {_where(target)} has "
+            f"{', '.join(map(repr, classes)) or 'none'}."
         )
     return LabelScheme(AS_GIVEN, tuple(classes))
 

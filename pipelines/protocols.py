@@ -534,6 +534,8 @@ def _stratified(rest: Sequence[Utterance], share: float, seed: int, fold: str) -
     for ids in groups.values():
         count = min(len(ids) - 1, max(1, math.floor(len(ids) * share + 0.5)))
         chosen.update(sorted(ids, key=lambda name: _draw(seed, fold, name))[:count])
+    if not chosen and len(rest) > 1:  # one utterance per class: some class goes without training
+        chosen.add(min((u.id for u in rest), key=lambda name: _draw(seed, fold, name)))
     return chosen
 
 

@@ -258,12 +258,16 @@ def test_files_that_are_no_manifest_are_refused(tmp_path):
         read_manifest(tmp_path / "dir.csv")
     with pytest.raises(ManifestError, match=r"ends in \.csv, \.parquet, \.jsonl, not '\.txt'"):
         read_manifest(tmp_path / "m.txt")
-    with pytest.raises(ManifestError, match=r"not a Parquet file"):
-        pytest.importorskip("pyarrow")
-        read_manifest(write(tmp_path / "m.parquet", "path\n"))
     path = write(tmp_path / "m.csv", "path\na.wav\n")
     with pytest.raises(ManifestError, match=r"root folder .*nowhere does not exist"):
         read_manifest(path, tmp_path / "nowhere")
+
+
+def test_a_damaged_parquet_file_is_refused(tmp_path):
+    pytest.importorskip("pyarrow")
+    path = write(tmp_path / "m.parquet", "path\n")
+    with pytest.raises(ManifestError, match=r"m\.parquet: not a Parquet file"):
+        read_manifest(path)
 
 
 def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
