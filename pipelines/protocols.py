@@ -26,7 +26,7 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import overload
 
 from mer.cache.errors import ProtocolError, UnknownNameError
@@ -577,29 +577,27 @@ def _missing_classes(rows: Sequence[Utterance], folds: Sequence[Fold]) -> list[s
 # --- leak guard ----------------------------------------------------------------------------------
 
 
-@dataclass(slots=True)
-class _Side:
-    """What one side of the test border holds."""
-
-    speakers: set[str] = field(default_factory=set)
-    dialogues: set[str] = field(default_factory=set)
-    contents: dict[tuple[object, ...], str] = field(default_factory=dict)
-    paths: dict[str, list[Utterance]] = field(default_factory=lambda: defaultdict(list))
-
-
 def find_leaks(
     rows: Iterable[Utterance], folds: Iterable[Fold], content: Mapping[str, bytes] | None = None
 ) -> list[str]:
     """Return what crosses from training or validation to test, one sentence per kind and fold."""
-    by_id = {u.id: u for u in rows}
+    utterances = list(rows)
+    speaker = {u.id: u.speaker for u in utterances if u.speaker is not None}
+    dialogue = {u.id: u.dialogue for u in utterances if u.dialogue is not None}
+    pairs = _shared_recordings(utterances, content or {})
     leaks = []
     for fold in folds:
-        outside = _side((by_id[name] for name in (*fold.train, *fold.validation)), content)
-        inside = _side((by_id[name] for name in fold.test), content)
+        outside = {*fold.train, *fold.validation}
+        inside = set(fold.test)
+        shared = [
+            f"{a} and {b}" if a in outside else f"{b} and {a}"
+            for a, b in pairs
+            if (a in outside and b in inside) or (b in outside and a in inside)
+        ]
         for what, both in (
-            ("speaker", outside.speakers & inside.speakers),
-            ("dialogue", outside.dialogues & inside.dialogues),
-            ("recording", _shared_recordings(outside, inside)),
+            ("speaker", _values(speaker, outside) & _values(speaker, inside)),
+            ("dialogue", _values(dialogue, outside) & _values(dialogue, inside)),
+            ("recording", shared),
         ):
             if both:
                 number = f"{len(both)} {what}s are" if len(both) > 1 else f"one {what} is"
@@ -610,42 +608,39 @@ def find_leaks(
     return leaks
 
 
-def _side(utterances: Iterable[Utterance], content: Mapping[str, bytes] | None) -> _Side:
-    side = _Side()
+def _values(known: Mapping[str, str], ids: Iterable[str]) -> set[str]:
+    return {value for value in map(known.get, ids) if value is not None}
+
+
+def _shared_recordings(
+    utterances: Sequence[Utterance], content: Mapping[str, bytes]
+) -> list[tuple[str, str]]:
+    """Return all pairs of ids that share a stretch of one channel of one recording."""
+    by_recording: dict[object, list[Utterance]] = defaultdict(list)
     for u in utterances:
-        if u.speaker is not None:
-            side.speakers.add(u.speaker)
-        if u.dialogue is not None:
-            side.dialogues.add(u.dialogue)
         if u.path is not None:
-            side.paths[str(u.path)].append(u)
-        if content is not None and u.id in content:
-            side.contents[(content[u.id], u.start_s, u.end_s, u.channel)] = u.id
-    return side
+            by_recording[str(u.path)].append(u)  # hashes faster than a Path
+        if u.id in content:
+            by_recording[content[u.id]].append(u)
+    pairs: dict[tuple[str, str], None] = {}
+    for group in by_recording.values():
+        if len(group) == 1:
+            continue
+        running: list[Utterance] = []
+        for u in sorted(group, key=lambda u: u.start_s or 0.0):
+            running = [other for other in running if _end(other) > (u.start_s or 0.0)]
+            pairs.update({(o.id, u.id): None for o in running if _same_channel(o, u)})
+            running.append(u)
+    return list(pairs)
 
 
-def _shared_recordings(outside: _Side, inside: _Side) -> set[str]:
-    shared = {
-        f"{a.id} and {b.id}"
-        for path in outside.paths.keys() & inside.paths.keys()
-        for a in outside.paths[path]
-        for b in inside.paths[path]
-        if _overlap(a, b)
-    }
-    shared.update(
-        f"{outside.contents[key]} and {inside.contents[key]}"
-        for key in outside.contents.keys() & inside.contents.keys()
-    )
-    return shared
+def _end(u: Utterance) -> float:
+    return math.inf if u.end_s is None else u.end_s
 
 
-def _overlap(a: Utterance, b: Utterance) -> bool:
-    """Tell whether two utterances of one file share a stretch of one channel."""
-    if a.channel is not None and b.channel is not None and a.channel != b.channel:
-        return False
-    a_end = math.inf if a.end_s is None else a.end_s
-    b_end = math.inf if b.end_s is None else b.end_s
-    return (a.start_s or 0.0) < b_end and (b.start_s or 0.0) < a_end
+def _same_channel(a: Utterance, b: Utterance) -> bool:
+    """Tell whether two utterances of one file share a channel; none given means all of them."""
+    return a.channel is None or b.channel is None or a.channel == b.channel
 
 
 def _some(items: Sequence[str]) -> str:
