@@ -40,5 +40,7 @@ def neutralise_broken_torchaudio() -> bool:
         del sys.modules[name]  # half-imported parts
     # The import system takes None for "known to be absent", find_spec included.
     sys.modules["torchaudio"] = None  # type: ignore[assignment]
-    logger.info("torchaudio is installed but cannot be loaded (%s): hidden from this process.", reason)
+    logger.info(
+        "torchaudio is installed but cannot be loaded (%s): hidden from this process.", reason
+    )
     return True
