@@ -1,8 +1,8 @@
 """Protection against a torchaudio that is installed but cannot be loaded.
 
-transformers imports torchaudio whenever the package is merely present. A CUDA build of torchaudio beside a CPU build of
-torch fails to load its shared libraries, and then every model class of transformers dies with it. mer needs nothing from
-torchaudio, so a broken one is hidden.
+transformers imports torchaudio whenever the package is merely present. A CUDA build of torchaudio
+beside a CPU build of torch fails to load its shared libraries, and then every model class of
+transformers dies with it. mer needs nothing from torchaudio, so a broken one is hidden.
 """
 
 from __future__ import annotations
