@@ -120,6 +120,8 @@ class Extractor(ABC):
         Raised whenever the extractor's own numbers change.
     policy : BatchPolicy
         A claim that the contract suite proves for every registered extractor.
+    cost_steps : int
+        Steps that every input costs at least, however short: what a fixed window holds.
     licence : str or None
         Licence note of the weights, stored with the features.
     """
@@ -129,6 +131,7 @@ class Extractor(ABC):
     policy: BatchPolicy = BatchPolicy.MASK
     licence: str | None = None
     window: WindowRule | None = None
+    cost_steps: int = 0
 
     spec: FeatureSpec  # identity, slug and outputs; set by the constructor
 

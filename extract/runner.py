@@ -81,9 +81,10 @@ class Runner:
         """Yield batches, longest pieces first, as the policy allows and the budget holds."""
         policy = self.extractor.policy
         batch: list[_Piece] = []
-        longest = 0
+        longest = 0  # a batch holds its longest piece first
         for piece in sorted(pieces, key=lambda piece: -len(piece.data)):
-            full = longest * (len(batch) + 1) > budget_steps
+            cost = max(longest, self.extractor.cost_steps)
+            full = cost * (len(batch) + 1) > budget_steps
             unequal = policy is BatchPolicy.EQUAL_LENGTH and len(piece.data) != longest
             if batch and (full or unequal or policy is BatchPolicy.SINGLE):
                 yield batch
