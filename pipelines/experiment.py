@@ -214,6 +214,7 @@ def run_recipe(
     training_config = _check(recipe, planned)
     resolved = datasets.identify(planned, cache)
     split = _split(recipe, planned, resolved.audio_keys)
+    recipe = _spelt_out(recipe, planned, split)
     from mer.extract.engine import resolve_device
 
     device = resolve_device(device)
@@ -331,6 +332,17 @@ def _split(recipe: Recipe, planned: Plan, content: Mapping[str, bytes]) -> Folds
             f"Got {', '.join(map(str, evaluation.folds))}."
         )
     return dataclasses.replace(split, folds=tuple(split[n - 1] for n in evaluation.folds))
+
+
+def _spelt_out(recipe: Recipe, planned: Plan, split: Folds) -> Recipe:
+    """Return the recipe with the corpus' own choices written into it, to stand on its own."""
+    return dataclasses.replace(
+        recipe,
+        dataset=dataclasses.replace(recipe.dataset, labels=planned.scheme.name),
+        evaluation=dataclasses.replace(
+            recipe.evaluation, protocol=split.protocol, validation=split.validation
+        ),
+    )
 
 
 def _notes(split: Folds) -> tuple[str, ...]:
