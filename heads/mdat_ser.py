@@ -36,6 +36,9 @@ class GraphAttention(nn.Module):
     residual, no norm, no dropout. The score is written with u and v apart, which allocates B·T²
     floats; joining h_i and h_j first would allocate B·T²·2d.
 
+    With its initial weights it hands nearly the same vector, the mean, to every frame: until the
+    scores have grown, hardly any gradient reaches co-attention and attentive pooling.
+
     Parameters
     ----------
     dim : int
@@ -383,10 +386,6 @@ class MdatConfig:
         Embedding width of the F0 codes (code; paper 256).
     graph_attention : bool, default=True
         False: the projections go on as they are.
-    graph_residual : bool, default=False
-        Add the projections to what graph attention returns (ours; paper and code: no). Without it a
-        complete graph hands nearly the same vector to every frame until the scores have grown, and
-        the gradient of co-attention and pooling is 1e-6 of that of the rest at the start.
     co_attention : bool, default=True
         False: the streams meet only in the concatenation.
     encoder : bool, default=True
@@ -408,7 +407,6 @@ class MdatConfig:
     classifier: Classifier = "swiglu"
     code_dim: int = 512
     graph_attention: bool = True
-    graph_residual: bool = False
     co_attention: bool = True
     encoder: bool = True
     pooling: Literal["attentive", "mean"] = "attentive"
@@ -431,7 +429,6 @@ class Branch(nn.Module):
     def __init__(self, config: MdatConfig, dim_in: int) -> None:
         super().__init__()
         d = config.width
-        self.residual = config.graph_residual
         self.project = Projection(dim_in, d, config.dropout)
         self.graph = GraphAttention(d, config.gat_slope) if config.graph_attention else None
         self.encode = (
@@ -447,7 +444,7 @@ class Branch(nn.Module):
         if self.graph is None:
             return x
         related: Tensor = self.graph(x, mask)
-        return x + related if self.residual else related
+        return related
 
     def summarise(self, x: Tensor, mask: Tensor) -> Tensor:
         """Return VP(TE(x)), (B, d), for ``x`` (B, T, d)."""

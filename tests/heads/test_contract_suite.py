@@ -50,7 +50,6 @@ FORMS = [
     Form("mdat", BOTH, {"classifier": "relu"}),
     Form("mdat", ALL),
     Form("mdat", ALL, {"graph_attention": False}),
-    Form("mdat", ALL, {"graph_residual": True}),
     Form("mdat", ALL, {"co_attention": False}),
     Form("mdat", ALL, {"encoder": False}),
     Form("mdat", ALL, {"pooling": "mean"}),
