@@ -250,7 +250,22 @@ def load(recipe: Recipe, planned: Plan, resolved: Resolved, cache: Cache) -> Dat
         keys = _keys(resolved, planned.extractors[wanted.feature])
         return store, [keys[i] for i in ids]
 
+    streams = {name: _frames(source, *reader(source)) for name, source in planned.streams.items()}
+    baseline = None
+    if planned.baseline:
+        baseline = np.hstack([_vectors(s.output, *reader(s)) for s in planned.baseline])
     notes = list(planned.notes)
+    if recipe.dataset.normalise == "speaker":
+        speakers = _speakers(utterances)
+        for name, source in planned.streams.items():
+            if source.output.kind != "codes":
+                streams[name] = standardise_by_speaker(streams[name], speakers)
+        if baseline is not None:
+            baseline = np.stack(standardise_by_speaker(list(baseline), speakers))
+        notes.append(
+            "Features are standardised per speaker, test speakers included (labels unseen): the "
+            "numbers hold where several recordings of a new speaker are at hand."
+        )
     if dropped:
         notes.append(
             f"{len(dropped)} of {len(planned.utterances)} utterances are left out because a "
@@ -258,13 +273,9 @@ def load(recipe: Recipe, planned: Plan, resolved: Resolved, cache: Cache) -> Dat
         )
         logger.warning(notes[-1])
     return Dataset(
-        features=_feature_set(
-            planned, utterances, {n: reader(s) for n, s in planned.streams.items()}
-        ),
+        features=_feature_set(planned, utterances, streams),
         utterances=utterances,
-        baseline=np.hstack([_vectors(s.output, *reader(s)) for s in planned.baseline])
-        if planned.baseline
-        else None,
+        baseline=baseline,
         stores={
             feature: {
                 "store": store.name,
@@ -355,16 +366,13 @@ def _some(ids: Iterable[str]) -> str:
 def _feature_set(
     planned: Plan,
     utterances: Sequence[Utterance],
-    readers: Mapping[str, tuple[Store, Sequence[bytes]]],
+    streams: Mapping[str, Sequence[np.ndarray]],
 ) -> FeatureSet:
     from mer.pipelines.training import FeatureSet
 
     index = {name: i for i, name in enumerate(planned.scheme.classes)}
     return FeatureSet(
-        streams={
-            name: _frames(planned.streams[name], store, keys)
-            for name, (store, keys) in readers.items()
-        },
+        streams=streams,
         ids=[u.id for u in utterances],
         classes=planned.scheme.classes,
         labels=np.array([index[str(u.label)] for u in utterances], dtype=np.int64),
@@ -408,3 +416,48 @@ def average(frames: np.ndarray, group: int) -> np.ndarray:
     sums = np.add.reduceat(frames.astype(np.float32), starts, axis=0)
     counts = np.minimum(group, len(frames) - starts).astype(np.float32)
     return np.asarray(sums / counts[:, None], dtype=np.float32)
+
+
+def _speakers(utterances: Sequence[Utterance]) -> list[str]:
+    unknown = [u.id for u in utterances if u.speaker is None]
+    if unknown:
+        raise RecipeError(
+            f"dataset.normalise: speaker needs to know who speaks, but {len(unknown)} of "
+            f"{len(utterances)} utterances have no speaker ({_some(unknown)}). Add a 'speaker' "
+            "column to the manifest, or leave normalise out."
+        )
+    return [str(u.speaker) for u in utterances]
+
+
+def standardise_by_speaker(
+    arrays: Sequence[np.ndarray], speakers: Sequence[str]
+) -> list[np.ndarray]:
+    """Return every array shifted and scaled by the statistics of its speaker.
+
+    Parameters
+    ----------
+    arrays : sequence of ndarray
+        N of (T, D) or (D,) float.
+    speakers : sequence of str
+        N names.
+
+    Returns
+    -------
+    list of ndarray
+        Of the same shapes, float32; over all frames of a speaker, every dimension has mean 0 and
+        variance 1, or is 0 where it does not vary.
+    """
+    rows: dict[str, list[int]] = {}
+    for row, speaker in enumerate(speakers):
+        rows.setdefault(speaker, []).append(row)
+    done: list[np.ndarray] = list(arrays)
+    for of_speaker in rows.values():
+        frames = np.concatenate([np.atleast_2d(arrays[row]) for row in of_speaker])
+        mean = frames.mean(axis=0, dtype=np.float64)
+        std = frames.astype(np.float64).std(axis=0)
+        # What float16 rounding makes of a constant is not variation.
+        varies = std > 1e-4 * np.maximum(np.abs(mean), 1e-6)
+        scale = np.divide(1.0, std, out=np.zeros_like(std), where=varies)
+        for row in of_speaker:
+            done[row] = ((arrays[row] - mean) * scale).astype(np.float32)
+    return done

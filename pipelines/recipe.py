@@ -244,6 +244,11 @@ class DatasetRecipe(_Group):
         Label scheme; ``None`` is the corpus' own.
     target : str, optional
         Another label than the corpus' main one, e.g. ``voice``: the manifest's ``label:NAME``.
+    normalise : {"none", "speaker"}
+        ``speaker`` shifts and scales every dimension of every stream, and of what baselines read,
+        by the mean and deviation over all utterances of the same speaker (ours). Labels are not
+        looked at, but utterances of the test part are: a result with it says what a system reaches
+        that has several recordings of a new speaker, and every report notes it.
     missing : {"error", "drop"}
         What to do with utterances that lack a feature, because their extraction failed: refuse, or
         leave them out and say so.
@@ -253,6 +258,7 @@ class DatasetRecipe(_Group):
     root: str | None = _key(_optional(_text), default=None)
     labels: str | None = _key(_optional(_labels), default=None)
     target: str | None = _key(_optional(_text), default=None)
+    normalise: Literal["none", "speaker"] = _key(_one_of("none", "speaker"), default="none")
     missing: Literal["error", "drop"] = _key(_one_of("error", "drop"), default="error")
 
 

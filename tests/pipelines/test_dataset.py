@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -104,6 +105,43 @@ def test_baselines_read_mean_and_deviation_of_frames(corpus, cache):
     expected = np.concatenate([frames.mean(0), frames.std(0)])
     np.testing.assert_allclose(data.baseline[5], expected, atol=5e-3)
     assert load(make(corpus), cache).baseline is None
+
+
+def test_speakers_are_standardised_over_all_their_frames(corpus, cache):
+    plain = make(corpus, baselines=("svm",))
+    recipe = dataclasses.replace(
+        plain, dataset=dataclasses.replace(plain.dataset, normalise="speaker")
+    )
+    before, after = load(plain, cache), load(recipe, cache)
+    mine = [row for row, u in enumerate(after.utterances) if u.speaker == "s1"]
+    frames = np.concatenate([after.features.streams["speech"][row] for row in mine])
+    np.testing.assert_allclose(frames.mean(0), 0, atol=1e-4)
+    np.testing.assert_allclose(frames.std(0), 1, atol=1e-3)
+    assert abs(np.concatenate([before.features.streams["speech"][r] for r in mine]).mean()) > 1
+    np.testing.assert_allclose(after.baseline[mine].mean(0), 0, atol=1e-4)
+    assert "standardised per speaker, test speakers included" in after.notes[-1]
+    assert not any("standardised" in note for note in before.notes)
+
+
+def test_constant_dimension_of_a_speaker_becomes_zero():
+    arrays = [np.array([[1.0, 5.0], [3.0, 5.0]]), np.array([[2.0, 5.0]]), np.array([[9.0, 9.0]])]
+    first, second, alone = datasets.standardise_by_speaker(arrays, ["a", "a", "b"])
+    np.testing.assert_allclose(first, [[-np.sqrt(1.5), 0], [np.sqrt(1.5), 0]], rtol=1e-6)
+    assert second.tolist() == [[0.0, 0.0]]
+    assert alone.tolist() == [[0.0, 0.0]]
+
+
+def test_normalising_by_unknown_speakers_is_refused(corpus, cache, tmp_path):
+    for file in corpus.parent.glob("*.wav"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    path = tmp_path / "anonymous.csv"
+    path.write_text(corpus.read_text().replace(",s1,", ",,"))
+    plain = make(path)
+    recipe = dataclasses.replace(
+        plain, dataset=dataclasses.replace(plain.dataset, normalise="speaker")
+    )
+    with pytest.raises(RecipeError, match=r"6 of 24 utterances have no speaker \(s1-angry-0"):
+        load(recipe, cache)
 
 
 def test_missing_feature_names_the_command(corpus, cache):
