@@ -490,9 +490,9 @@ def names() -> list[str]:
 
 
 def describe(name: str) -> str:
-    """Return the first line of a shipped recipe's opening comment: its purpose."""
-    first = read_text(name).partition("\n")[0]
-    return first.removeprefix("#").strip()
+    """Return the first paragraph of a shipped recipe's opening comment: its purpose."""
+    lines = [line.removeprefix("#").strip() for line in read_text(name).splitlines()]
+    return " ".join(lines[: lines.index("")])
 
 
 def read_text(name_or_path: str | Path) -> str:
