@@ -320,24 +320,14 @@ def extract(
 # -- train-head, ensemble-vote, demo ---------------------------------------------------------------
 
 
-class _Integers(click.ParamType):
-    """A comma-separated list of whole numbers; ``all`` where that is allowed."""
-
-    name = "integers"
-
-    def __init__(self, *, word: str | None = None) -> None:
-        self.word = word
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> list[int] | str:
-        if value == self.word:
-            return value
-        try:
-            return [int(piece) for piece in value.split(",")]
-        except ValueError:
-            expected = "numbers like 1,2,3" + (f" or {self.word!r}" if self.word else "")
-            self.fail(f"{value!r}: expected {expected}.", param, ctx)
+def _integers(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
+    """Turn ``1,2,3`` into a list; None and, for folds, ``all`` stay."""
+    if value is None or (value == "all" and param.name == "folds"):
+        return value
+    try:
+        return [int(piece) for piece in value.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{value!r}: expected {param.metavar}.") from None
 
 
 @contextmanager
@@ -384,8 +374,10 @@ Examples:
     help="Folder of the run, absent or empty.  [default: a new one under runs/]",
 )
 @click.option("--set", "overrides", multiple=True, metavar="K=V", help="Override a recipe's key.")
-@click.option("--seeds", type=_Integers(), metavar="1,2,3", help="Seeds, in place of the recipe's.")
-@click.option("--folds", type=_Integers(word="all"), metavar="all|1,2", help="Folds to run.")
+@click.option(
+    "--seeds", callback=_integers, metavar="1,2,3", help="Seeds, in place of the recipe's."
+)
+@click.option("--folds", callback=_integers, metavar="all|1,2", help="Folds to run.")
 @click.option("--extract", "bring", is_flag=True, help="First bring missing features.")
 @device_option
 @workers_option
@@ -561,8 +553,7 @@ def cache_ls(cache_url: str | None, as_json: bool) -> int:
         if not stores:
             return f"No stores in {opened.root}. `mer extract` makes them."
         rows = [
-            [s["name"], s["utterances"], s["parts"], _megabytes(s["bytes"]), " ".join(s["outputs"])]
-            for s in stores
+            [i.name, i.utterances, i.parts, _megabytes(i.bytes), " ".join(i.outputs)] for i in infos
         ]
         return _table(["store", "utterances", "parts", "size", "outputs"], rows)
 
@@ -659,7 +650,7 @@ def heads_ls(as_json: bool) -> int:
     """List the heads that recipes can train."""
     from mer.heads.registry import names, resolve
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in names():
         head = resolve(name)
         streams = {s: spec.kind + "?" * spec.optional for s, spec in head.inputs.items()}

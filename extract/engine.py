@@ -26,7 +26,8 @@ import numpy as np
 
 from mer.cache.errors import UsageError, UtteranceError
 from mer.cache.identity import normalise_text
-from mer.cache.store import Cache, PartWriter
+from mer.cache.store import Cache, Store
+from mer.cache.writer import PartWriter
 from mer.extract.contract import Extractor, Source
 from mer.extract.inputs import Failure
 from mer.extract.plan import FeaturePlan, Plan
@@ -178,6 +179,12 @@ def prepare(source: Source, extractors: dict[int, Extractor]) -> Prepared | Exce
     return prepared
 
 
+def _create(cache: Cache, extractor: Extractor) -> Store:
+    store = cache.open(extractor.spec, create=True)
+    assert store is not None
+    return store
+
+
 class _Run:
     """The features of one run that miss anything, and what they share."""
 
@@ -194,7 +201,7 @@ class _Run:
         self.todo = todo
         self.missing = [frozenset(feature.missing) for feature in todo]
         self.runners = [Runner(feature.extractor, device) for feature in todo]
-        self.stores = [cache.open(feature.extractor.spec, create=True) for feature in todo]
+        self.stores = [_create(cache, feature.extractor) for feature in todo]
         self.batch_seconds = batch_seconds
         self.report = report
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 from mer.cache.errors import AudioError, TextError
@@ -73,10 +74,10 @@ class Memo:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / MEMO_NAME
-        self._files: dict[str, list] = self._read()
+        self._files = self._read()
         self._changed = False
 
-    def _read(self) -> dict[str, list]:
+    def _read(self) -> dict[str, list[Any]]:
         try:
             stored = json.loads(self.path.read_bytes())
             return stored["files"] if stored.get("version") == MEMO_VERSION else {}
