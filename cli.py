@@ -8,6 +8,7 @@ progress and messages go to stderr. Nothing heavy is imported before a command r
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import logging
 import os
@@ -87,6 +88,9 @@ def main(verbose: bool) -> None:
         stream=sys.stderr,
     )
     signal.signal(signal.SIGTERM, _terminate)
+    # A plan of 100,000 utterances is a million objects that live to its end: looking for garbage
+    # among them at Python's pace takes a third of the time.
+    gc.set_threshold(200_000, 50, 100)
 
 
 # -- shared options and output ---------------------------------------------------------------------
