@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
@@ -69,7 +69,8 @@ def _fail(as_json: bool, kind: str, message: str, code: int, *, shown: bool = Fa
     if not shown:
         click.echo(f"mer: {message}", err=True)
     if as_json:
-        click.echo(json.dumps({"error": {"type": kind, "message": message, "exit_code": code}}))
+        with suppress(BrokenPipeError):
+            click.echo(json.dumps({"error": {"type": kind, "message": message, "exit_code": code}}))
     return code
 
 
