@@ -36,7 +36,14 @@ from mer.extract.runner import Arrays, Runner
 if TYPE_CHECKING:
     from torch import Tensor
 
-BATCH_SECONDS = {"cpu": 60.0, "cuda": 480.0}
+# Padded seconds per forward pass. A CPU is kept busy by one clip of speech, and larger batches fall
+# out of its caches (benchmarks/README.md); transcripts are short, and a GPU wants much.
+BATCH_SECONDS = {
+    ("cpu", "audio"): 8.0,
+    ("cpu", "text"): 60.0,
+    ("cuda", "audio"): 480.0,
+    ("cuda", "text"): 480.0,
+}
 BLOCKS_AHEAD = 2
 WRITES_AHEAD = 64
 
@@ -125,7 +132,7 @@ def run(
     Parameters
     ----------
     batch_seconds : float, optional
-        Padded seconds of input that share a forward pass; default 60 on CPU, 480 on CUDA.
+        Padded seconds of input that share a forward pass; see ``BATCH_SECONDS``.
     workers : int, default=4
         Threads that decode and prepare.
 
@@ -145,8 +152,7 @@ def run(
         if progress is not None:
             total = [planned.seconds(i, f.extractor.modality) for f in todo for i in f.missing]
             progress.start(len(total), sum(total))
-        seconds = batch_seconds or BATCH_SECONDS[device.split(":")[0]]
-        _Run(planned, cache, todo, device, seconds, report)(workers, progress)
+        _Run(planned, cache, todo, device, batch_seconds, report)(workers, progress)
     report.failures = planned.failures.entries
     report.failed = planned.failures.pairs
     report.seconds = time.monotonic() - started
@@ -194,7 +200,7 @@ class _Run:
         cache: Cache,
         todo: Sequence[FeaturePlan],
         device: str,
-        batch_seconds: float,
+        batch_seconds: float | None,
         report: Report,
     ) -> None:
         self.planned = planned
@@ -202,7 +208,11 @@ class _Run:
         self.missing = [frozenset(feature.missing) for feature in todo]
         self.runners = [Runner(feature.extractor, device) for feature in todo]
         self.stores = [_create(cache, feature.extractor) for feature in todo]
-        self.batch_seconds = batch_seconds
+        kind = device.split(":")[0]
+        self.batch_seconds = {
+            modality: batch_seconds or BATCH_SECONDS[kind, modality]
+            for modality in ("audio", "text")
+        }
         self.report = report
 
     def __call__(self, workers: int, progress: Progress | None) -> None:
@@ -229,7 +239,7 @@ class _Run:
         def seconds(index: int) -> float:
             return self.planned.seconds(index, modality)
 
-        all_blocks = blocks(wanted, seconds, self.batch_seconds)
+        all_blocks = blocks(wanted, seconds, self.batch_seconds[modality])
         for block, prepared in self._prepared(all_blocks, wanted, pool):
             for n, feature in enumerate(self.todo):
                 if feature.extractor.modality == modality:
@@ -277,9 +287,9 @@ class _Run:
         if not inputs:
             return
         modality = feature.extractor.modality
-        longest = max(inputs, key=len)
-        rate = len(longest) / max(self.planned.seconds(rows[inputs.index(longest)], modality), 1e-2)
-        budget = max(self.batch_seconds * rate, len(longest))
+        steps, index = max((len(data), index) for data, index in zip(inputs, rows, strict=True))
+        rate = steps / max(self.planned.seconds(index, modality), 1e-2)
+        budget = max(self.batch_seconds[modality] * rate, steps)
         for place, outcome in self.runners[n](inputs, budget):
             index, data = rows[place], inputs[place]
             if isinstance(outcome, Exception):

@@ -9,6 +9,7 @@ import textwrap
 import numpy as np
 import pytest
 import soundfile
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from toy import HOP, Toy, ToyText, expected, write_corpus
@@ -138,6 +139,20 @@ def test_a_bad_recording_counts_once_per_feature_and_is_listed_once(tmp_path):
     sources[0].path.write_bytes(b"")
     report = run_toys(sources, Cache(tmp_path / "cache"), Toy("a"), Toy("b"))
     assert (report.computed, report.failed, len(report.failures)) == (2, 2, 1)
+
+
+def test_inputs_need_not_come_in_the_order_of_their_seconds(tmp_path):
+    class Words(ToyText):
+        def prepare(self, source):  # fewer letters, more steps
+            return torch.ones(HOP * len(source.split()))
+
+    texts = ["incomprehensibilities", "a b c", "so it goes on"]
+    sources = [Source(id=text, text=text) for text in texts]
+    cache = Cache(tmp_path / "cache")
+    report = run_toys(sources, cache, Words("words"))
+    assert (report.computed, report.failed) == (3, 0)
+    frames = [len(stored(cache, Words("words"), source)) for source in sources]
+    assert frames == [1, 3, 4]
 
 
 def test_a_missing_transcript_is_a_listed_failure_of_the_text_feature_only(tmp_path):
