@@ -12,6 +12,7 @@ import gc
 import json
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -103,8 +104,17 @@ cache_option = click.option(
     metavar="URL",
     help="Folder of the cache.  [default: $MER_CACHE, else the user's cache directory]",
 )
+
+
+def _device(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    """Refuse what torch would refuse much later, and in other words."""
+    if re.fullmatch(r"auto|cpu|cuda(:\d+)?", value) is None:
+        raise click.BadParameter(f"{value!r}: expected auto, cpu, cuda or cuda:N.")
+    return value
+
+
 device_option = click.option(
-    "--device", default="auto", metavar="auto|cpu|cuda", help="Where models run."
+    "--device", default="auto", callback=_device, metavar="auto|cpu|cuda", help="Where models run."
 )
 workers_option = click.option(
     "--workers",
@@ -235,14 +245,20 @@ Examples:
 @click.argument("dataset")
 @root_option
 @click.option("-f", "--feature", "features", multiple=True, help="Feature to compute; repeatable.")
-@click.option("--recipe", metavar="RECIPE", help="Compute what this recipe needs.")
+@click.option(
+    "--recipe",
+    "recipe_names",
+    multiple=True,
+    metavar="RECIPE",
+    help="Compute what this recipe needs; repeatable.",
+)
 @cache_option
 @device_option
 @click.option(
     "--batch-seconds",
     type=click.FloatRange(min=0.1),
     metavar="S",
-    help="Padded seconds of input per forward pass.  [default: 60 on CPU, 480 on CUDA]",
+    help="Padded seconds of input per forward pass.  [default: 8 on CPU, 480 on CUDA]",
 )
 @workers_option
 @click.option("--dry-run", is_flag=True, help="Only say what is missing.")
@@ -258,7 +274,7 @@ def extract(
     dataset: str,
     root: Path | None,
     features: tuple[str, ...],
-    recipe: str | None,
+    recipe_names: tuple[str, ...],
     cache_url: str | None,
     device: str,
     batch_seconds: float | None,
@@ -273,12 +289,11 @@ def extract(
     """
     from mer.pipelines import corpora
     from mer.pipelines.extraction import extract as run_extraction
+    from mer.pipelines.recipe import load_recipe
 
     wanted = list(features)
-    if recipe is not None:
-        from mer.pipelines.recipe import load_recipe
-
-        wanted += load_recipe(recipe).feature_strings()
+    for name in recipe_names:
+        wanted += load_recipe(name).feature_strings()
     if not wanted:
         raise click.UsageError("Name at least one feature (-f) or a --recipe.")
     cache = _cache(cache_url)
@@ -405,21 +420,21 @@ def train_head(
 
     RECIPE is a shipped name (`mer recipes ls`) or the path of a YAML file.
     """
-    from mer.pipelines import corpora
+    from mer.pipelines.experiment import check_recipe, run_recipe
     from mer.pipelines.recipe import load_recipe
 
     opened = _cache(cache_url)
-    loaded = load_recipe(recipe, overrides)
+    loaded = load_recipe(recipe, overrides).with_run_options(
+        dataset=dataset, root=str(root) if root else None, seeds=seeds, folds=folds
+    )
+    brought = None
     if bring:
         from mer.pipelines.extraction import extract as run_extraction
 
-        resolved = loaded.with_run_options(dataset=dataset, root=str(root) if root else None)
-        name, where = resolved.dataset.name, resolved.dataset.root
-        if name is None:
-            raise click.UsageError("--extract needs to know the corpus: give --dataset.")
+        planned = check_recipe(loaded, out)  # before hours of extraction, not after them
         with _counting_bar("reading recordings") as hashing, _extraction_bar() as bar:
             brought = run_extraction(
-                corpora.load(name, where),
+                planned.manifest,
                 loaded.feature_strings(),
                 opened,
                 device=device,
@@ -428,28 +443,19 @@ def train_head(
                 progress=bar,
             )
         _show_failures(brought.report.failures)
-    from mer.pipelines.experiment import run_recipe
-
     with _training_bar() as progress:
-        result = run_recipe(
-            loaded,
-            cache=opened,
-            dataset=dataset,
-            root=root,
-            out=out,
-            seeds=seeds,
-            folds=folds,
-            device=device,
-            progress=progress,
-        )
+        result = run_recipe(loaded, cache=opened, out=out, device=device, progress=progress)
 
     def text() -> str:
         return f"{result.table()}\n\nrun: {result.run} ({result.seconds:.1f} s)"
 
     for note in result.notes:
         click.echo(f"note: {note}", err=True)
-    _emit(result.to_json(), as_json, text)
-    return 0
+    found = result.to_json()
+    if brought is not None:
+        found["extract"] = brought.to_json()
+    _emit(found, as_json, text)
+    return 3 if brought is not None and brought.report.failures else 0
 
 
 @main.command(
@@ -727,23 +733,11 @@ def corpora_ls(as_json: bool) -> int:
     """List the corpora that mer reads as distributed."""
     from mer.pipelines import corpora
 
-    found = [corpora.corpus(name) for name in corpora.names()]
-    rows = [
-        {
-            "name": c.name,
-            "title": c.title,
-            "utterances": c.published.total if c.published else None,
-            "labels": c.scheme,
-            "protocol": c.protocol,
-            "layout": c.layout,
-            "licence": c.licence,
-        }
-        for c in found
-    ]
+    rows = corpora.describe()
 
     def text() -> str:
         cells = [
-            [r["name"], r["utterances"] or "-", r["labels"], r["protocol"], r["title"]]
+            [r["name"], r["utterances"] or "-", r["labels"], r["protocol"], r["summary"]]
             for r in rows
         ]
         return _table(["corpus", "utterances", "labels", "protocol", "what"], cells)

@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     options = parser.parse_args()
     device = resolve_device(options.device)
-    seconds = options.batch_seconds or BATCH_SECONDS[device.split(":")[0]]
+    seconds = options.batch_seconds or BATCH_SECONDS[device.split(":")[0], "audio"]
     with tempfile.TemporaryDirectory() as folder:
         manifest = corpora.load(options.corpus, options.root or Path(folder) / "demo")
         step = max(1, len(manifest.utterances) // options.clips)

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from mer.cache.errors import UsageError, UtteranceError
+from mer.cache.errors import MissingDependencyError, UsageError
 from mer.cache.identity import normalise_text
 from mer.cache.store import Cache, Store
 from mer.cache.writer import PartWriter
@@ -46,6 +46,7 @@ BATCH_SECONDS = {
 }
 BLOCKS_AHEAD = 2
 WRITES_AHEAD = 64
+BYTES_AHEAD = 1 << 30
 
 
 class Progress(Protocol):
@@ -174,7 +175,9 @@ def prepare(source: Source, extractors: dict[int, Extractor]) -> Prepared | Exce
 
             assert source.path is not None
             raw = decode(source.path, source.start_s, source.end_s, source.channel)
-    except (UtteranceError, OSError, MemoryError) as error:
+    except MissingDependencyError:
+        raise
+    except Exception as error:  # decoders raise what they like at damaged files
         return error
     prepared: Prepared = {}
     for n, extractor in extractors.items():
@@ -308,12 +311,18 @@ class _Run:
 
 
 class _Sink:
-    """Feeds writers from a queue on its own thread; an error surfaces at the next call."""
+    """Feeds writers from a queue on its own thread; an error surfaces at the next call.
+
+    The queue holds at most ``WRITES_AHEAD`` utterances and ``BYTES_AHEAD`` bytes (or one utterance
+    beyond): all layers of a long recording are gigabytes.
+    """
 
     def __init__(self) -> None:
         self._queue: queue.Queue[tuple[PartWriter, bytes, int, Arrays] | None]
         self._queue = queue.Queue(WRITES_AHEAD)
         self._error: BaseException | None = None
+        self._waiting_bytes = 0
+        self._room = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="mer-writer", daemon=True)
         self._thread.start()
 
@@ -325,11 +334,21 @@ class _Sink:
                     writer.add(key, length, arrays)
                 except BaseException as error:  # carried to the main thread
                     self._error = error
+            with self._room:
+                self._waiting_bytes -= _num_bytes(arrays)
+                self._room.notify()
+            del item, arrays  # not to be kept while waiting for the next one
 
     def put(self, writer: PartWriter, key: bytes, length: int, arrays: Arrays) -> None:
         """Hand one utterance over; waits while the queue is full."""
         if self._error is not None:
             raise self._error
+        num_bytes = _num_bytes(arrays)
+        with self._room:
+            self._room.wait_for(
+                lambda: not self._waiting_bytes or self._waiting_bytes + num_bytes <= BYTES_AHEAD
+            )
+            self._waiting_bytes += num_bytes
         self._queue.put((writer, key, length, arrays))
 
     def close(self) -> None:
@@ -338,6 +357,10 @@ class _Sink:
         self._thread.join()
         if self._error is not None:
             raise self._error
+
+
+def _num_bytes(arrays: Arrays) -> int:
+    return sum(array.nbytes for array in arrays.values())
 
 
 def verify(
