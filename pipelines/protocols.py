@@ -186,7 +186,8 @@ def make_folds(
     allow_leak : str, optional
         A reason. Leaks are then recorded in ``Folds.leak`` instead of refused.
     content : mapping of str to bytes, optional
-        Hash of each utterance's recording by id, to find the same recording under two paths.
+        Hash of the whole recording that each utterance is cut from, by id, to find the same
+        recording under two paths.
 
     Raises
     ------
@@ -236,15 +237,6 @@ def split_hash(folds: Iterable[Fold]) -> str:
         for fold in folds
     ]
     return hashlib.sha256(json.dumps(plain).encode()).hexdigest()[:16]
-
-
-def test_hash(folds: Iterable[Fold]) -> str:
-    """Return 16 hex digits of the test parts alone: runs that agree in it may vote together."""
-    plain = [[fold.name, sorted(fold.test)] for fold in folds]
-    return hashlib.sha256(json.dumps(plain).encode()).hexdigest()[:16]
-
-
-test_hash.__test__ = False  # type: ignore[attr-defined]  # not a test, whatever pytest thinks
 
 
 # --- protocols -----------------------------------------------------------------------------------
@@ -472,7 +464,7 @@ def _default_rule(rows: Sequence[Utterance], parts: _Parts) -> str:
 def _with_validation(
     rows: Sequence[Utterance], parts: _Parts, rule: str, seed: int, protocol: str
 ) -> tuple[Fold, ...]:
-    share = _share(rule)
+    share = validation_share(rule)
     folds = []
     official = _is_official(parts)
     for i, (name, test) in enumerate(parts):
@@ -515,8 +507,14 @@ def _is_official(parts: _Parts) -> bool:
     return len(parts) == 1 and parts[0][0] == "official"
 
 
-def _share(rule: str) -> float:
-    """Return the share that a rule names; 0 for rules without one."""
+def validation_share(rule: str) -> float:
+    """Return the share that a validation rule names; 0 for rules without one.
+
+    Raises
+    ------
+    UnknownNameError
+        No such rule; near misses are suggested.
+    """
     if rule in ("next-fold", "official"):
         return 0.0
     match = re.fullmatch(r"(stratified|speakers)-(\d+)%", rule)

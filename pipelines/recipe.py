@@ -20,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -128,6 +128,11 @@ def _protocol(value: Any) -> str:
     return protocols.protocol(_text(value)).name
 
 
+def _validation(value: Any) -> str:
+    protocols.validation_share(_text(value))
+    return str(value)
+
+
 def _plain(value: Any) -> Any:
     """Check that a value is one that JSON knows too, at any depth, and finite."""
     if isinstance(value, Mapping):
@@ -165,13 +170,14 @@ class _Group:
 
     def __post_init__(self) -> None:
         faults: list[str] = []
+        group = type(self).__name__.removesuffix("Recipe").lower()
         for f in dataclasses.fields(self):
             try:
                 object.__setattr__(self, f.name, f.metadata["check"](getattr(self, f.name)))
             except ValueError as error:
-                faults.append(f"{f.name} {error}")
+                faults.append(f"{group}.{f.name} {error}")
         if faults:
-            raise RecipeError(f"{type(self).__name__}: " + " ".join(faults))
+            raise RecipeError(" ".join(faults))
         self._settle()
 
     def _settle(self) -> None:
@@ -331,7 +337,7 @@ class EvaluationRecipe(_Group):
     """
 
     protocol: str | None = _key(_optional(_protocol), default=None)
-    validation: str | None = _key(_optional(_text), default=None)
+    validation: str | None = _key(_optional(_validation), default=None)
     seeds: tuple[int, ...] = _key(_many(_count), default=(1, 2, 3))
     folds: tuple[int, ...] | None = _key(_folds, default=None)
     split_seed: int = _key(_count, default=0)
@@ -714,10 +720,3 @@ def _parse_features(raw: Any, faults: list[str]) -> dict[str, StreamRecipe]:
 
 def _unknown_key(key: Any, known: Iterable[str]) -> str:
     return str(UnknownNameError("key", str(key), known))
-
-
-def near_misses(path: str, given: Iterable[str], known: Sequence[str]) -> Iterator[str]:
-    """Yield a fault for every key of ``given`` that is not ``known``."""
-    for key in given:
-        if key not in known:
-            yield f"{path}.{key}: {_unknown_key(key, known)}"

@@ -360,18 +360,6 @@ class RunWriter:
             writer.writeheader()
             writer.writerows(rows)
 
-    def write_checkpoint(
-        self, name: str, state: Mapping[str, Any], metadata: Mapping[str, str]
-    ) -> None:
-        """Write tensors as ``checkpoints/<name>.safetensors``, with text about them."""
-        from safetensors.torch import save_file
-
-        folder = self.folder / CHECKPOINTS
-        folder.mkdir(exist_ok=True)
-        # safetensors refuses views and tensors that share memory.
-        tensors = {key: value.detach().cpu().clone().contiguous() for key, value in state.items()}
-        save_file(tensors, folder / f"{name}.safetensors", metadata=dict(metadata))
-
     @contextmanager
     def figure(self, name: str) -> Iterator[Path]:
         """Give the path of a figure; where matplotlib is missing, say so and go on."""

@@ -187,6 +187,7 @@ def test_overrides_are_yaml_and_later_ones_win(write):
         ("head..x=3", "must be KEY=VALUE"),
         ("head.x=[1", "is not a YAML value"),
         ("evaluation.sedes=3", "evaluation.sedes: Unknown key 'sedes'. Did you mean 'seeds'"),
+        ("evaluation.validation=next-fodl", "Unknown validation rule 'next-fodl'. Did you mean"),
         ("evaluation.seeds.x=3", "evaluation.seeds: must be a whole number"),
     ],
 )
