@@ -17,7 +17,7 @@ from mer.cache.errors import MissingFeatureError, RecipeError, UsageError
 from mer.cache.spec import OutputSpec
 from mer.cache.store import Cache, Store
 from mer.extract.contract import Extractor
-from mer.extract.inputs import Resolved, resolve
+from mer.extract.inputs import Memo, Recording, Resolved, read_recordings, resolve
 from mer.extract.registry import create
 from mer.pipelines import corpora, labels
 from mer.pipelines.extraction import sources_of
@@ -223,6 +223,23 @@ def identify(planned: Plan, cache: Cache) -> Resolved:
     taking_part = {u.id for u in planned.utterances}
     sources = [s for s in sources_of(planned.manifest) if s.id in taking_part]
     return resolve(sources, cache.root, audio="audio" in modalities, text="text" in modalities)
+
+
+def recordings(planned: Plan, resolved: Resolved, cache: Cache) -> dict[str, bytes]:
+    """Return the hash of the whole file that each utterance with an audio key is cut from.
+
+    A key stands for one stretch of a recording; to find two stretches that overlap, in copies of it
+    under two names, takes the hash of the file itself. The memo of ``identify`` has it.
+    """
+    paths = {u.id: str(u.path) for u in planned.utterances if u.id in resolved.audio_keys}
+    memo = Memo(cache.root)
+    found = read_recordings(dict.fromkeys(paths.values()), memo)
+    memo.save()
+    return {
+        name: recording.content
+        for name, path in paths.items()
+        if isinstance(recording := found[path], Recording)
+    }
 
 
 def load(recipe: Recipe, planned: Plan, resolved: Resolved, cache: Cache) -> Dataset:

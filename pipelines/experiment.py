@@ -165,6 +165,34 @@ class _Trained:
     validation: Predictions
 
 
+def check_recipe(recipe: Recipe, out: Path | None = None) -> Plan:
+    """Refuse what ``run_recipe`` would refuse, as far as it shows before a recording is read.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        With its dataset.
+    out : Path, optional
+        Folder that the run is to be written to.
+
+    Returns
+    -------
+    Plan
+        What the recipe reads.
+
+    Raises
+    ------
+    UsageError
+        Faults of the recipe, a dataset or split that cannot be used, an output that is taken.
+    """
+    if out is not None:
+        rundir.require_free(out)
+    planned = datasets.plan(recipe)
+    _check(recipe, planned)
+    _split(recipe, planned, {})
+    return planned
+
+
 def run_recipe(
     recipe: Recipe,
     *,
@@ -213,7 +241,7 @@ def run_recipe(
     planned = datasets.plan(recipe)
     training_config = _check(recipe, planned)
     resolved = datasets.identify(planned, cache)
-    split = _split(recipe, planned, resolved.audio_keys)
+    split = _split(recipe, planned, datasets.recordings(planned, resolved, cache))
     recipe = _spelt_out(recipe, planned, split)
     from mer.extract.engine import resolve_device
 

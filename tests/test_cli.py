@@ -88,6 +88,19 @@ def test_dry_run_says_what_is_missing_and_writes_nothing(manifest, tmp_path):
     assert not list(tmp_path.glob("logmel*"))
 
 
+def test_several_recipes_bring_what_each_needs(manifest, tmp_path):
+    for mels in (20, 24):
+        (tmp_path / f"{mels}.yaml").write_text(
+            f"features: {{speech: 'logmel:n_mels={mels}'}}\nhead: {{name: simple}}\n"
+        )
+    code, result, _ = mer(
+        *("extract", manifest, "--dry-run", "--cache", tmp_path / "cache", "--json"),
+        *("--recipe", tmp_path / "20.yaml", "--recipe", tmp_path / "24.yaml"),
+    )
+    assert code == 0
+    assert result["missing"] == {"logmel:n_mels=20": 8, "logmel:n_mels=24": 8}
+
+
 def test_verify_agrees_with_what_was_stored(manifest, tmp_path):
     code, result, _ = mer(
         "extract", manifest, "-f", "logmel", "--verify", 3, "--cache", tmp_path, "--json"
@@ -263,6 +276,41 @@ def test_train_and_vote_from_a_manifest(manifest, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--set", "head.widht=3"), "Did you mean 'width'"),
+        (("--set", "training.epochs=many"), "epochs must be an integer"),
+        (("--folds", "9"), "has the folds 1 … 2 here"),
+        (("--out", "."), "exists already"),
+    ],
+)
+def test_faults_are_found_before_anything_is_extracted(manifest, tmp_path, argv, message):
+    code, result, _ = mer(
+        *("train-head", "simple", "--dataset", manifest, "--cache", tmp_path / "c", "--json"),
+        *("--extract", "--set", "features.speech=logmel", *argv),
+        cwd=manifest.parent,
+    )
+    assert code == 2
+    assert message in result["error"]["message"]
+    assert not list(tmp_path.glob("c/logmel*"))
+
+
+def test_training_without_what_failed_ends_with_3_and_lists_it(manifest, tmp_path):
+    more = tmp_path / "more.csv"
+    more.write_text(manifest.read_text() + f"gone,{tmp_path}/gone.wav,s0,sad,hello there\n")
+    code, result, stderr = mer(
+        *("train-head", "simple", "--dataset", more, "--cache", tmp_path / "c", "--json"),
+        *("--extract", "--set", "features.speech=logmel", "--set", "dataset.missing=drop"),
+        *("--set", "training.epochs=1", "--seeds", "1", "--folds", "1", "--out", tmp_path / "r"),
+        *("--set", "evaluation.baselines=[majority]"),
+    )
+    assert code == 3
+    assert [f["utterance"] for f in result["extract"]["failures"]] == ["gone"]
+    assert result["utterances"] == 8
+    assert "failed: gone" in stderr
+
+
+@pytest.mark.parametrize(
     "argv",
     [
         ("cache", "ls"),
@@ -308,3 +356,6 @@ def test_wrong_usage_exits_with_2(tmp_path):
     assert mer("extract")[0] == 2
     assert mer("no-such-command")[0] == 2
     assert mer("train-head", "simple", "--seeds", "one")[0] == 2
+    code, _, stderr = mer("extract", "demo", "--root", tmp_path, "-f", "logmel", "--device", "gpu")
+    assert code == 2
+    assert "'gpu': expected auto, cpu, cuda or cuda:N" in stderr
