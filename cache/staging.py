@@ -68,8 +68,9 @@ def writing(store: Path) -> Iterator[None]:
                 "Everything committed before is intact; free some space or choose another "
                 "--cache, then run the same command again."
             ) from error
+        at = f" ({error.filename})" if error.filename else ""
         raise StoreError(
-            f"Cannot write to {store}: {error.strerror or error} ({error.filename}). "
+            f"Cannot write to {store}: {error.strerror or error}{at}. "
             "Check its permissions or choose another --cache."
         ) from error
 

@@ -6,6 +6,7 @@ U utterances of a part, F frames, T frames of one utterance, D width.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -47,7 +48,7 @@ class _Pending:
 
 
 class PartWriter:
-    """Adds utterances to a store; a context manager, for one thread at a time.
+    """Adds utterances to a store; a context manager. Threads that share it wait for each other.
 
     Leaving it commits what was added, on an exception and on Ctrl-C too. After an error of the file
     system nothing more is accepted, and what was not committed is dropped.
@@ -86,6 +87,8 @@ class PartWriter:
         self._added: set[bytes] = set()
         self._pending = _Pending()
         self._failed = False
+        # A second Ctrl-C may leave the context while another thread is still adding.
+        self._lock = threading.RLock()
         self._names = {output.name for output in spec.outputs}
 
     def __enter__(self) -> Self:
@@ -122,6 +125,10 @@ class PartWriter:
         StorageFullError, StoreError
             A part could not be written.
         """
+        with self._lock:
+            self._add(key, input_length, arrays)
+
+    def _add(self, key: bytes, input_length: int, arrays: Mapping[str, np.ndarray]) -> None:
         if self._failed:
             raise StoreError(f"Writing to {self._path} failed before; open a new writer.")
         if len(key) != KEY_BYTES:
@@ -166,6 +173,10 @@ class PartWriter:
         StoreError
             Any other refusal of the file system.
         """
+        with self._lock:
+            self._commit()
+
+    def _commit(self) -> None:
         pending = self._pending
         if not pending.utterances:
             return

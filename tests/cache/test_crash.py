@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from mer.cache import staging
+from mer.cache import writer as writer_module
 from mer.cache.errors import StorageFullError, StoreError
 from mer.cache.spec import FeatureSpec, OutputSpec
 from mer.cache.store import Cache, Store
@@ -50,6 +52,10 @@ def opened(root: Path) -> Store:
     return store
 
 
+def number(n: int) -> bytes:
+    return n.to_bytes(16, "big")
+
+
 def add(store: Store, *numbers: int) -> None:
     with store.writer() as writer:
         for number in numbers:
@@ -60,6 +66,29 @@ def add(store: Store, *numbers: int) -> None:
 def temporary(store: Store) -> list[str]:
     folder = staging.temporary_folder(store.path)
     return sorted(os.listdir(folder)) if folder.exists() else []
+
+
+def test_what_is_added_during_a_commit_waits_for_the_next_part(tmp_path, monkeypatch):
+    store = opened(tmp_path)
+    real, late = writer_module._Files.array, []
+
+    def array(self, name, values, dtype):
+        real(self, name, values, dtype)
+        if not late:  # the keys of the part are written, nothing else is
+            frames = np.zeros((100, 8), np.float32)
+            adding = (number(2), 2, {"final": frames})
+            late.append(threading.Thread(target=writer.add, args=adding))
+            late[0].start()
+            late[0].join(0.2)
+
+    monkeypatch.setattr(writer_module._Files, "array", array)
+    with store.writer() as writer:
+        writer.add(number(1), 1, {"final": np.zeros((100, 8), np.float32)})
+        writer.commit()
+        late[0].join()
+    fresh = opened(tmp_path)
+    assert fresh.input_length([number(1), number(2)]).tolist() == [1, 2]
+    assert [part.utterances for part in fresh.parts()] == [1, 1]
 
 
 def test_a_killed_writer_leaves_exactly_what_it_committed(tmp_path):
