@@ -16,12 +16,12 @@ CHARACTERS_PER_SECOND = 15.0
 
 
 class Ledger:
-    """Failures, each utterance listed once per cause, and how many utterance × feature pairs."""
+    """Failures, each listed once per utterance, cause and feature, and how many pairs they are."""
 
     def __init__(self) -> None:
         self.entries: list[Failure] = []
         self.pairs = 0
-        self._listed: set[tuple[str, str]] = set()
+        self._listed: set[tuple[str, str, str | None]] = set()
 
     def add(
         self, source: Source, error: Exception | str, feature: str | None = None, pairs: int = 1
@@ -37,8 +37,8 @@ class Ledger:
         """
         self.pairs += pairs
         reason = error if isinstance(error, str) else _reason(error)
-        if (source.id, reason) not in self._listed:
-            self._listed.add((source.id, reason))
+        if (source.id, reason, feature) not in self._listed:
+            self._listed.add((source.id, reason, feature))
             self.entries.append(Failure(source.id, reason, feature))
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mer.cache.errors import ModelOutputError, StoreError
+from mer.cache.errors import ModelOutputError
 from mer.extract.contract import BatchPolicy, Extractor, RaggedBatch
 from mer.extract.windows import Window, cut
 
@@ -101,11 +101,9 @@ class Runner:
 
         try:
             return list(self._forward(batch))
-        except StoreError:
-            raise
         except (
             Exception
-        ) as error:  # whatever a model raises is one utterance's failure, not the run's
+        ) as error:  # whatever a model raises is an utterance's failure, not the run's
             if isinstance(error, torch.OutOfMemoryError):
                 torch.cuda.empty_cache()
                 logger.warning("out of memory on a batch of %d: retrying in halves", len(batch))

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from toy import HOP, Toy, ToyText, expected, write_corpus
 
 from mer.cache.errors import StorageFullError
 from mer.cache.store import Cache
+from mer.extract import engine
 from mer.extract.contract import BatchPolicy, Source, WindowRule
 from mer.extract.engine import blocks, run, verify
 from mer.extract.plan import plan
@@ -155,6 +157,60 @@ def test_inputs_need_not_come_in_the_order_of_their_seconds(tmp_path):
     assert frames == [1, 3, 4]
 
 
+def test_a_decoder_that_fails_in_a_way_of_its_own_costs_one_utterance(tmp_path, monkeypatch):
+    import mer.extract.audio as audio
+
+    def failing(real):
+        def call(path, *rest):
+            if path.stem == "u001":
+                raise TypeError("unsupported operand")
+            return real(path, *rest)
+
+        return call
+
+    sources = write_corpus(tmp_path, [0.2] * 3)
+    for index, name in enumerate(("probe", "decode")):
+        with monkeypatch.context() as patch:
+            patch.setattr(audio, name, failing(getattr(audio, name)))
+            report = run_toys(sources, Cache(tmp_path / name), Toy())
+        assert (report.computed, report.failed) == (2, 1), index
+        (failure,) = report.failures
+        assert failure.utterance == "u001"
+        assert "TypeError: unsupported operand" in failure.reason
+
+
+def test_what_two_of_three_features_refuse_is_listed_with_both(tmp_path):
+    sources = write_corpus(tmp_path, [0.2, 0.2])
+    samples = samples_of(sources[0])
+    samples[:HOP] = Toy.FAIL
+    soundfile.write(sources[0].path, samples, 16_000, subtype="FLOAT")
+
+    class Brave(Toy):
+        FAIL = 9.0
+
+    report = run_toys(sources, Cache(tmp_path / "cache"), Toy("a"), Brave("b"), Toy("c"))
+    assert (report.computed, report.failed) == (4, 2)
+    assert sorted(failure.feature for failure in report.failures) == ["a", "c"]
+
+
+def test_every_pair_is_counted_once_whatever_becomes_of_it(tmp_path):
+    good, bad, empty = write_corpus(tmp_path, [0.2, 0.2, 0.2])
+    samples = samples_of(bad)
+    samples[:HOP] = Toy.FAIL
+    soundfile.write(bad.path, samples, 16_000, subtype="FLOAT")
+    empty.path.write_bytes(b"")
+    twins = [
+        Source(id=f"{s.id}{n}", path=s.path, text=s.text) for s in (good, bad, empty) for n in "bc"
+    ]
+    sources = [good, bad, empty, *twins, Source(id="mute", path=good.path)]
+    toys = (Toy("a"), Toy("b"), ToyText("words"))
+    for computed in (2 + 3, 0):
+        report = run_toys(sources, Cache(tmp_path / "cache"), *toys)
+        # bad and empty thrice in two features, mute in one
+        assert (report.computed, report.failed) == (computed, 13)
+        assert report.computed + report.reused + report.failed == len(sources) * len(toys)
+
+
 def test_a_missing_transcript_is_a_listed_failure_of_the_text_feature_only(tmp_path):
     sources = write_corpus(tmp_path, [0.2])
     mute = Source(id=sources[0].id, path=sources[0].path)
@@ -183,6 +239,31 @@ def test_a_full_disk_stops_the_run_and_keeps_what_was_committed(tmp_path, monkey
     monkeypatch.undo()
     report = run_toys(sources, Cache(tmp_path / "cache"), Toy())
     assert (report.computed, report.reused) == (7, 5)
+
+
+def test_what_waits_to_be_written_is_bounded_in_bytes(monkeypatch):
+    monkeypatch.setattr(engine, "BYTES_AHEAD", 100)
+    gate, written = threading.Event(), []
+
+    class Disk:
+        def add(self, key, length, arrays):
+            assert gate.wait(10)
+            written.append(length)
+
+    def fill():
+        for length in (80, 20, 80, 200):
+            sink.put(Disk(), b"", length, {"level": np.zeros((length, 1), np.uint8)})
+            handed_over.append(length)
+
+    sink, handed_over = engine._Sink(), []
+    filler = threading.Thread(target=fill)
+    filler.start()
+    filler.join(0.2)
+    assert handed_over == [80, 20]
+    gate.set()
+    filler.join(10)
+    sink.close()
+    assert written == [80, 20, 80, 200]
 
 
 def test_verify_sees_what_was_stored_and_what_changed(tmp_path):
