@@ -51,6 +51,9 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+# What would make transformers load other weights than these, or more, unseen by the identity.
+ADAPTER = "adapter_config.json"
+EXPLICIT_WEIGHTS = "transformers_weights"
 # Keys of config.json that say how a file was written, not what the model computes.
 BOOKKEEPING = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
 
@@ -222,6 +225,16 @@ def _identify(folder: Path, model_id: str, commit: str | None, also: Sequence[st
             f"{folder} holds no {CONFIG}, so it is no checkpoint in the Hugging Face layout."
         )
     config = _read_json(config_path)
+    if (folder / ADAPTER).is_file():
+        raise CheckpointError(
+            f"{folder} holds an adapter ({ADAPTER}) beside the model. Merge it into the weights, "
+            "or move it elsewhere."
+        )
+    if EXPLICIT_WEIGHTS in config:
+        raise CheckpointError(
+            f"{config_path} names its own weight file ({EXPLICIT_WEIGHTS} = "
+            f"{config[EXPLICIT_WEIGHTS]!r}). Name that file {WEIGHT_FILES[0]} and remove the key."
+        )
     weights = _weight_files(folder)
     relevant = {key: value for key, value in config.items() if key not in BOOKKEEPING}
     digest = hashlib.sha256(json.dumps(relevant, sort_keys=True).encode())
@@ -271,7 +284,8 @@ def sha256_of(path: Path) -> str:
     real = path.resolve()  # in the hub's cache a snapshot's files are links to blobs
     try:
         stat = real.stat()
-        key = f"{real}\t{stat.st_size}\t{stat.st_mtime_ns}"
+        # All checkpoints of a model have one size, and copying tools set the time of modification.
+        key = f"{real}\t{stat.st_size}\t{stat.st_mtime_ns}\t{stat.st_ctime_ns}"
         if stat.st_size >= MEMO_BYTES:
             if key not in _hashed:
                 _hashed.update(_read_memo(_memo_path()))

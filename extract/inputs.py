@@ -1,7 +1,9 @@
 """From sources to keys: what an utterance's sound and words hash to, reading nothing twice.
 
-The memo maps a recording's path, size and modification time to its content hash and header. It lies
-in the cache folder and is disposable: losing it costs one pass of hashing, never a wrong answer.
+The memo maps a recording's path, size and times to its content hash and header. It lies in the
+cache folder and is disposable: losing it costs one pass of hashing, never a wrong answer. The time
+of the last change of status is among them because tools that unpack or copy set the modification
+time to whatever they like, and clips of one length have one size.
 """
 
 from __future__ import annotations
@@ -17,14 +19,14 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from mer.cache.errors import AudioError, TextError
+from mer.cache.errors import AudioError, MissingDependencyError, TextError
 from mer.cache.identity import audio_key, content_hash, normalise_text, text_key
 from mer.extract.contract import Source
 
 logger = logging.getLogger(__name__)
 
 MEMO_NAME = "inputs-memo.json"
-MEMO_VERSION = 1
+MEMO_VERSION = 2
 # A file changed within this many nanoseconds of being hashed may change again without its time
 # moving: not remembered.
 RACY_NS = 2_000_000_000
@@ -70,7 +72,7 @@ class Resolved:
 
 
 class Memo:
-    """Recordings by path, size and modification time."""
+    """Recordings by absolute path, size, and times of modification and change of status."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / MEMO_NAME
@@ -80,27 +82,28 @@ class Memo:
     def _read(self) -> dict[str, list[Any]]:
         try:
             stored = json.loads(self.path.read_bytes())
-            return stored["files"] if stored.get("version") == MEMO_VERSION else {}
+            return dict(stored["files"]) if stored.get("version") == MEMO_VERSION else {}
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, KeyError, AttributeError):
+        except (OSError, ValueError, KeyError, AttributeError, TypeError):
             logger.info("the input memo %s is unreadable and is made anew", self.path)
             return {}
 
     def get(self, path: str, stat: os.stat_result) -> Recording | None:
         """Return what is known of ``path`` if it did not change since."""
-        row = self._files.get(path)
-        if row is None or row[0] != stat.st_size or row[1] != stat.st_mtime_ns:
+        row = self._files.get(os.path.abspath(path))
+        if row is None or row[:3] != [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]:
             return None
-        return Recording(bytes.fromhex(row[2]), row[3], row[4], row[5])
+        return Recording(bytes.fromhex(row[3]), *row[4:])
 
     def put(self, path: str, stat: os.stat_result, recording: Recording) -> None:
         """Remember ``recording`` unless the file is too fresh to tell a later change."""
         if time.time_ns() - stat.st_mtime_ns < RACY_NS:
             return
         r = recording
-        row = [stat.st_size, stat.st_mtime_ns, r.content.hex(), r.duration_s, r.rate_hz, r.channels]
-        self._files[path] = row
+        times = [stat.st_mtime_ns, stat.st_ctime_ns]
+        row = [stat.st_size, *times, r.content.hex(), r.duration_s, r.rate_hz, r.channels]
+        self._files[os.path.abspath(path)] = row
         self._changed = True
 
     def save(self) -> None:
@@ -171,6 +174,10 @@ def read_recordings(
             return error
         except OSError as error:
             return AudioError(f"{item[0]}: cannot be read ({error.strerror or error}).")
+        except MissingDependencyError:
+            raise
+        except Exception as error:  # decoders raise what they like at damaged files
+            return AudioError(f"{item[0]}: cannot be read ({type(error).__name__}: {error}).")
 
     if fresh:
         with ThreadPoolExecutor(max_workers=workers) as pool:
@@ -211,8 +218,10 @@ def resolve(
     if audio:
         memo = Memo(cache_root)
         paths = dict.fromkeys(str(s.path) for s in sources if s.path is not None)
-        recordings = read_recordings(paths, memo, workers=workers, progress=progress)
-        memo.save()
+        try:
+            recordings = read_recordings(paths, memo, workers=workers, progress=progress)
+        finally:  # an interruption keeps what was hashed
+            memo.save()
         for source in sources:
             if source.path is None:
                 continue
@@ -220,9 +229,12 @@ def resolve(
             if isinstance(recording, AudioError):
                 resolved.failures.append(Failure(source.id, str(recording)))
                 continue
-            resolved.audio_keys[source.id] = audio_key(
-                recording.content, source.start_s, source.end_s, source.channel
-            )
+            try:
+                key = audio_key(recording.content, source.start_s, source.end_s, source.channel)
+            except ValueError as error:  # bounds or a channel that no recording has
+                resolved.failures.append(Failure(source.id, f"{source.path}: {error}"))
+                continue
+            resolved.audio_keys[source.id] = key
             end_s = recording.duration_s if source.end_s is None else source.end_s
             resolved.durations_s[source.id] = max(0.0, end_s - (source.start_s or 0.0))
     if text:

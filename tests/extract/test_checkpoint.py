@@ -120,6 +120,14 @@ def test_a_folder_in_the_home_directory_is_found(
             ),
             "no index of weight shards",
         ),
+        (
+            lambda f: (f / "adapter_config.json").write_text("{}"),
+            r"holds an adapter \(adapter_config.json\) beside the model",
+        ),
+        (
+            lambda f: (f / "config.json").write_text('{"transformers_weights": "b.safetensors"}'),
+            "transformers_weights = 'b.safetensors'",
+        ),
     ],
     ids=[
         "no-config",
@@ -130,6 +138,8 @@ def test_a_folder_in_the_home_directory_is_found(
         "shard-gone",
         "shard-outside",
         "no-index",
+        "adapter",
+        "explicit-weights",
     ],
 )
 def test_an_unusable_folder_is_refused_with_the_reason(
@@ -191,6 +201,16 @@ def test_a_changed_file_is_hashed_again(memo: Path, tmp_path: Path) -> None:
     sha256_of(path)
     path.write_bytes(b"Weights")
     age(path, 30)
+    assert sha256_of(path) == hashlib.sha256(b"Weights").hexdigest()
+
+
+def test_other_weights_of_the_same_size_and_time_are_hashed(memo: Path, tmp_path: Path) -> None:
+    path, other = tmp_path / "weights.bin", tmp_path / "other.bin"
+    for file, content in ((path, b"weights"), (other, b"Weights")):
+        file.write_bytes(content)
+        os.utime(file, (1_600_000_000, 1_600_000_000))
+    sha256_of(path)
+    other.replace(path)
     assert sha256_of(path) == hashlib.sha256(b"Weights").hexdigest()
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import soundfile
@@ -65,6 +66,45 @@ def test_a_file_just_written_is_not_remembered(tmp_path, reads):
     assert len(reads) == 2
 
 
+def test_another_recording_of_the_same_size_and_time_is_noticed(tmp_path):
+    one, other = write_corpus(tmp_path, [0.1, 0.1])
+    age(one.path)
+    age(other.path)
+    before = resolve([one], tmp_path / "cache").audio_keys[one.id]
+    other.path.replace(one.path)  # as an archive whose files all have one time would unpack it
+    assert resolve([one], tmp_path / "cache").audio_keys[one.id] != before
+
+
+def test_a_relative_path_is_remembered_where_it_leads(tmp_path, monkeypatch, reads):
+    keys = []
+    for seed, name in enumerate(("a", "b")):
+        (source,) = write_corpus(tmp_path / name, [0.1], seed=seed)
+        age(source.path)
+        monkeypatch.chdir(tmp_path / name)
+        here = Source(id="x", path=Path(source.path.name))
+        keys += [resolve([here], tmp_path / "cache").audio_keys["x"] for _ in range(2)]
+    assert keys[0] == keys[1] != keys[2] == keys[3]
+    assert len(reads) == 2
+
+
+def test_an_interrupted_reading_is_not_begun_anew(tmp_path, reads):
+    sources = write_corpus(tmp_path, [0.1] * 4)
+    for source in sources:
+        age(source.path)
+    counted = []
+
+    def interrupt(count):
+        counted.append(count)
+        if len(counted) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        resolve(sources, tmp_path / "cache", workers=1, progress=interrupt)
+    del reads[:]
+    resolve(sources, tmp_path / "cache")
+    assert reads == ["u003.wav"]
+
+
 def test_segments_share_one_reading_and_have_keys_of_their_own(tmp_path, reads):
     (source,) = write_corpus(tmp_path, [2.0])
     parts = [
@@ -87,11 +127,30 @@ def test_a_broken_recording_fails_alone_and_by_name(tmp_path):
     assert "no such file" in reasons["gone"]
 
 
-def test_a_damaged_memo_is_made_anew(tmp_path, reads):
+@pytest.mark.parametrize(
+    ("segment", "message"),
+    [
+        ({"start_s": 0.01, "end_s": 0.0100001}, "end_s=0.0100001 is not after start_s=0.01"),
+        ({"start_s": -1.0}, "start_s=-1.0 is no time"),
+        ({"channel": -2}, "channel=-2 is negative"),
+    ],
+)
+def test_a_segment_that_cannot_be_fails_alone(tmp_path, segment, message):
+    (source,) = write_corpus(tmp_path, [0.1])
+    wrong = Source(id="wrong", path=source.path, **segment)
+    resolved = resolve([wrong, source], tmp_path / "cache")
+    assert set(resolved.audio_keys) == {source.id}
+    (failure,) = resolved.failures
+    assert failure.utterance == "wrong"
+    assert message in failure.reason
+
+
+@pytest.mark.parametrize("damage", ['{"version": 2, "files": [', '{"version": 2, "files": [1]}'])
+def test_a_damaged_memo_is_made_anew(tmp_path, reads, damage):
     (source,) = write_corpus(tmp_path, [0.1])
     age(source.path)
     first = resolve([source], tmp_path / "cache")
-    (tmp_path / "cache" / MEMO_NAME).write_text('{"version": 1, "files": [')
+    (tmp_path / "cache" / MEMO_NAME).write_text(damage)
     assert resolve([source], tmp_path / "cache").audio_keys == first.audio_keys
     assert len(reads) == 2
 
