@@ -4,9 +4,9 @@
   or the one asked for. Six channels are 5.1 unless the file names other ones.
 - Rate: soxr, quality HQ (linear phase), up as well as down. A recording at the target rate is
   passed through unchanged.
-- Segments: bounds are rounded to the recording's own samples and cut before resampling, so that a
-  segment depends on its own samples alone. An end up to 0.1 s beyond the recording is taken as its
-  end.
+- Segments: bounds are rounded to microseconds, as in their key, then to the recording's own
+  samples, and cut before resampling, so that a segment depends on its own samples alone. An end up
+  to 0.1 s beyond the recording is taken as its end.
 - Amplitude: as stored; integers are scaled to [-1, 1). NaN and Inf are refused.
 
 Recordings pass through in blocks: an hour at 48 kHz stereo never exists as a whole at its own rate,
@@ -151,8 +151,8 @@ def _native_bounds(
 ) -> tuple[int, int | None]:
     """Return the segment in the recording's own samples; ``None`` as stop is its end."""
     info = recording.info
-    start = math.floor((start_s or 0.0) * info.rate_hz + 0.5)
-    stop = None if end_s is None else math.floor(end_s * info.rate_hz + 0.5)
+    start = _nearest_sample(start_s or 0.0, info.rate_hz)
+    stop = None if end_s is None else _nearest_sample(end_s, info.rate_hz)
     if recording.exact:
         if stop is not None and stop > info.frames:
             if stop - info.frames > END_TOLERANCE_S * info.rate_hz:
@@ -165,6 +165,11 @@ def _native_bounds(
             f"{path}: segment {start_s or 0} to {end_s} s holds no sample at {info.rate_hz} Hz."
         )
     return start, stop
+
+
+def _nearest_sample(seconds: float, rate_hz: int) -> int:
+    microseconds = round(seconds * 1_000_000)  # what is one key is one stretch
+    return (microseconds * rate_hz + 500_000) // 1_000_000
 
 
 def _beyond(path: Path, bound_s: float | None, duration_s: float) -> AudioError:

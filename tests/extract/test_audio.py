@@ -170,6 +170,19 @@ def test_a_seekable_container_is_not_decoded_up_to_the_segment(tmp_path, monkeyp
     assert sum(read) == 24_000
 
 
+def test_bounds_of_one_key_are_one_stretch(tmp_path):
+    from mer.cache.identity import audio_key
+
+    path = write(tmp_path / "a.wav", voice(1.0), subtype="FLOAT")
+    edge = 0.1 + 0.5 / 16_000  # between two samples, a whole number of quarter microseconds
+    starts = [edge - 3e-7, edge, edge + 2e-7]
+    for a in starts:
+        for b in starts:
+            if audio_key(bytes(16), a, None, None) == audio_key(bytes(16), b, None, None):
+                np.testing.assert_array_equal(decode(path, a), decode(path, b))
+    assert len({audio_key(bytes(16), a, None, None) for a in starts}) < len(starts)
+
+
 def test_an_end_just_beyond_the_recording_is_its_end(tmp_path):
     path = write(tmp_path / "a.wav", voice(1.0))
     np.testing.assert_array_equal(decode(path, 0.5, 1.09), decode(path, 0.5))
