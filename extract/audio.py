@@ -16,6 +16,7 @@ and the size of the blocks does not change a number.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ change."""
 def probe(path: Path) -> AudioInfo:
     """Read a recording's header.
 
+    One that was written to a pipe (a browser's webm) may not say its length: it is decoded.
+
     Raises
     ------
     AudioError
@@ -53,7 +56,11 @@ def probe(path: Path) -> AudioInfo:
         The format takes PyAV, which is not installed.
     """
     with open_recording(path) as recording:
-        return recording.info
+        info = recording.info
+        if info.frames == 0 and not recording.exact:
+            frames = sum(len(block) for block in recording.blocks(0, None))
+            info = replace(info, frames=frames, duration_s=frames / info.rate_hz)
+        return info
 
 
 def decode(

@@ -1,3 +1,4 @@
+import io
 import os
 import subprocess
 import sys
@@ -304,6 +305,29 @@ def test_a_flac_written_to_a_pipe_is_read_to_its_end(tmp_path):
     np.testing.assert_array_equal(decode(path), expected)
     np.testing.assert_array_equal(decode(path, 0.25, 0.5), expected[4000:8000])
     assert probe(path).duration_s == 1.0
+
+
+def test_a_matroska_written_to_a_pipe_has_its_length(tmp_path):
+    av = pytest.importorskip("av")
+
+    class Pipe(io.BytesIO):
+        def seekable(self):
+            return False
+
+    seekable = write_aac(tmp_path / "a.m4a", tone(440, 1.0, 44_100))
+    pipe = Pipe()
+    with av.open(seekable) as source, av.open(pipe, "w", format="matroska") as target:
+        stream = target.add_stream_from_template(source.streams.audio[0])
+        for packet in source.demux():
+            if packet.dts is not None:
+                packet.stream = stream
+                target.mux(packet)
+        target.close()
+        content = pipe.getvalue()
+    path = tmp_path / "a.webm"
+    path.write_bytes(content)
+    assert probe(path).duration_s == pytest.approx(1.0, abs=0.05)
+    assert probe(path).duration_s == pytest.approx(len(decode(path)) / 16_000, abs=1e-3)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
