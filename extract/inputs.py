@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -240,12 +241,18 @@ def resolve(
     if text:
         for source in sources:
             if source.text is not None and normalise_text(source.text):
-                resolved.text_keys[source.id] = text_key(source.text)
+                with suppress(UnicodeEncodeError):
+                    resolved.text_keys[source.id] = text_key(source.text)
     return resolved
 
 
 def no_text(source: Source) -> TextError:
-    """Return the error for an utterance whose transcript is missing or empty."""
+    """Return the error for an utterance whose transcript is missing, empty or not Unicode."""
+    if source.text is not None and normalise_text(source.text):
+        return TextError(
+            f"the transcript of utterance {source.id!r} holds half a character: "
+            f"{source.text[:40]!a}. Export it again."
+        )
     hint = "Add a 'text' column or leave text features out."
     return TextError(f"utterance {source.id!r} has no transcript. {hint}")
 

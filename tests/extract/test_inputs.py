@@ -163,3 +163,11 @@ def test_transcripts_that_differ_in_white_space_alone_share_a_key(tmp_path):
 
 def test_an_empty_transcript_has_no_key(tmp_path):
     assert resolve([Source(id="a", text="  ")], tmp_path, audio=False).text_keys == {}
+
+
+def test_half_a_character_has_no_key_and_says_so(tmp_path):
+    cut = Source(id="cut", text="so sad \ud83d")  # the first half of an emoji, as JSON allows
+    whole = Source(id="whole", text="so sad")
+    assert set(resolve([cut, whole], tmp_path, audio=False).text_keys) == {"whole"}
+    assert r"'cut' holds half a character: 'so sad \ud83d'" in str(inputs.no_text(cut))
+    assert "'x' has no transcript" in str(inputs.no_text(Source(id="x", text=" ")))
