@@ -371,10 +371,10 @@ def _utterance_kfold(
 def _official(rows: Sequence[Utterance], seed: int) -> tuple[_Parts, list[str]]:
     splits = Counter(u.split for u in rows)
     if not splits["test"] or not splits["train"]:
+        found = ", ".join(f"{n:,} of {repr(s) if s else 'none'}" for s, n in splits.items())
         raise ProtocolError(
             "Protocol 'official' needs utterances of the splits 'train' and 'test'; the corpus has "
-            f"{', '.join(f'{n:,} of {s!r}' for s, n in splits.items())}. Fill the manifest's "
-            "'split' column, or use 'speaker-kfold-5' or 'loso'."
+            f"{found}. Fill the manifest's 'split' column, or use 'speaker-kfold-5' or 'loso'."
         )
     notes = []
     if splits[None]:

@@ -200,7 +200,9 @@ def test_official_split_without_validation_takes_a_share_of_training():
 
 
 def test_official_split_that_is_absent_is_refused():
-    with pytest.raises(ProtocolError, match=r"needs utterances of the splits 'train' and 'test'"):
+    with pytest.raises(
+        ProtocolError, match=r"splits 'train' and 'test'; the corpus has 6 of none\."
+    ):
         make_folds("official", rows({"a": 3, "b": 3}))
 
 
