@@ -44,6 +44,8 @@ EXTRACTORS: dict[str, tuple[str, dict[str, str]]] = {
     "whisper-medium": (WHISPER, {"model": "openai/whisper-medium"}),
     "whisper-large-v3": (WHISPER, {"model": "openai/whisper-large-v3"}),
     "whisper-large-v3-turbo": (WHISPER, {"model": "openai/whisper-large-v3-turbo"}),
+    "text": (TEXT, {}),
+    "bert": (TEXT, {}),
     "roberta": (TEXT, {}),
     "roberta-base": (TEXT, {"model": "FacebookAI/roberta-base"}),
     "roberta-large": (TEXT, {"model": "FacebookAI/roberta-large"}),

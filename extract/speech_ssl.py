@@ -184,13 +184,15 @@ class SpeechSsl(Extractor):
             "extractor": family,
             "version": self.version,
             "model": asdict(checkpoint.identity),
-            "audio": FRONT_END,
-            "normalise": self.normalise,
-            "pad_to_samples": self.min_samples,
-            "window": asdict(self.window),
-            "layers": list(self.layers),
-            "precision": precision,
-            "dtype": dtype,
+            "front_end": FRONT_END,
+            "options": {
+                "normalise": self.normalise,
+                "pad_to_samples": self.min_samples,
+                "window": asdict(self.window),
+                "layers": list(self.layers),
+                "precision": precision,
+                "dtype": dtype,
+            },
         }
         name = checkpoint.short_name or f"{family}-local"
         self.licence = next(

@@ -132,12 +132,14 @@ class TextEncoder(Extractor):
             "extractor": "text",
             "version": self.version,
             "model": asdict(checkpoint.identity),
-            "layers": list(self.layers),
-            "special": special,
-            "pooled": pooled,
-            "long": long,
-            "precision": precision,
-            "dtype": dtype,
+            "options": {
+                "layers": list(self.layers),
+                "special": special,
+                "pooled": pooled,
+                "long": long,
+                "precision": precision,
+                "dtype": dtype,
+            },
         }
         dim = int(checkpoint.need("hidden_size"))
         kind: Kind = "frames" if pooled == "none" else "pooled"

@@ -169,15 +169,17 @@ class WhisperEncoder(Extractor):
             "extractor": "whisper",
             "version": self.version,
             "model": asdict(checkpoint.identity),
-            "audio": FRONT_END,
-            "window": {
-                **asdict(self.window),
-                "padding": "silence before the mel",
-                "mel_maximum": "per window",
+            "front_end": FRONT_END,
+            "options": {
+                "window": {
+                    **asdict(self.window),
+                    "padding": "silence before the mel",
+                    "mel_maximum": "per window",
+                },
+                "layers": list(self.layers),
+                "precision": precision,
+                "dtype": dtype,
             },
-            "layers": list(self.layers),
-            "precision": precision,
-            "dtype": dtype,
         }
         dim, rate_hz = int(checkpoint.need("d_model")), SAMPLE_RATE_HZ / FRAME_HOP
         self.licence = next(

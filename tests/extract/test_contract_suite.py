@@ -67,6 +67,8 @@ CASES = {
     "roberta-words": _roberta(",special=drop"),
     "roberta-mean": _roberta(",pooled=mean,special=drop"),
     "roberta-first": _roberta(",pooled=first"),
+    "bert": Case("bert", lambda folder: f"bert:model={tiny_checkpoints.text(folder, 'bert')}"),
+    "text": Case("text", lambda folder: f"text:model={tiny_checkpoints.text(folder)}"),
 }
 # From one model frame to just below the tiny Whisper's window; odd lengths, so that no hop divides
 # them.

@@ -150,7 +150,7 @@ def test_normalisation_follows_file_then_family_then_option(wavlm: Path) -> None
     assert create(f"wavlm:model={wavlm}").normalise is False, "WavLM base"
     forced = create(f"wavlm:model={wavlm},normalise=yes")
     assert forced.normalise is True
-    assert forced.spec.identity["normalise"] is True
+    assert forced.spec.identity["options"]["normalise"] is True
 
 
 @pytest.mark.parametrize("samples", [1, 10, 399])
