@@ -1,0 +1,62 @@
+"""The README speaks of commands, recipes, features and files that exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+
+from mer.cli import main
+from mer.extract.registry import names, parse_feature
+from mer.pipelines.recipe import load_recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+COMMANDS = re.findall(r"^\$ mer (.+?)(?:\s+#.*)?$", README, flags=re.MULTILINE)
+
+
+def parse(argv: list[str]) -> dict[str, object]:
+    """Return the parameters that click reads, without running anything."""
+    command: click.Command = main
+    while isinstance(command, click.Group):
+        command, argv = command.commands[argv[0]], argv[1:]
+    return command.make_context("mer", argv).params
+
+
+def test_there_are_commands():
+    assert len(COMMANDS) >= 6
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_every_command_of_the_readme_parses_and_names_what_exists(line):
+    params = parse(shlex.split(line))
+    recipes = [params["recipe"]] if "recipe" in params else params.get("recipe_names", ())
+    for recipe in recipes:
+        load_recipe(recipe, params.get("overrides", ()))
+    for feature in params.get("features", ()):
+        assert parse_feature(feature).name in names()
+
+
+def test_every_feature_it_mentions_is_registered():
+    (sentence,) = re.findall(r"A feature is a name with options: (.+?)\. Hub", README, re.DOTALL)
+    features = re.findall(r"`([^`]+)`", sentence)
+    assert len(features) >= 5
+    for feature in features:
+        assert parse_feature(feature.replace("\n", " ")).name in names()
+
+
+def test_every_link_leads_to_a_file():
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    assert links
+    assert all((ROOT / link).exists() for link in links if "://" not in link), links
+
+
+def test_the_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"(?:`|\$ )make ([a-z-]+)", README))
+    assert targets >= {"demo", "test", "table", "bench", "lint"}
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
