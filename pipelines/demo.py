@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mer.cache.store import Cache
 from mer.pipelines import corpora
 from mer.pipelines.extraction import Extraction, extract
-from mer.pipelines.recipe import load_recipe
+from mer.pipelines.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
     from mer.extract.engine import Progress
@@ -18,6 +19,11 @@ if TYPE_CHECKING:
     from mer.pipelines.voting import VoteResult
 
 RECIPES = ("simple-demo", "mdat-demo")
+# Where the extra `smile` is installed, both heads and the baselines read openSMILE's functionals.
+WITH_SMILE = {
+    "simple-demo": ("features.functionals=egemaps", "evaluation.baseline_features=egemaps"),
+    "mdat-demo": ("features.text=egemaps", "evaluation.baseline_features=egemaps"),
+}
 SYNTHETIC = (
     "The corpus is synthetic: voices made by a formant synthesiser. Its numbers show that the "
     "machinery works and say nothing about real speech."
@@ -51,6 +57,12 @@ class DemoResult:
         return "\n\n".join([*tables, vote, SYNTHETIC])
 
 
+def demo_recipes() -> list[Recipe]:
+    """Return the recipes of the demo, with openSMILE where it is installed."""
+    smile = importlib.util.find_spec("opensmile") is not None
+    return [load_recipe(name, WITH_SMILE[name] if smile else ()) for name in RECIPES]
+
+
 def run_demo(
     out: Path,
     *,
@@ -70,7 +82,7 @@ def run_demo(
     say(f"mer demo: {SYNTHETIC}")
     manifest = corpora.load("demo", out / "corpus")
     cache = Cache(out / "cache")
-    recipes = [load_recipe(name) for name in RECIPES]
+    recipes = demo_recipes()
     features = list(dict.fromkeys(f for recipe in recipes for f in recipe.feature_strings()))
     say(f"extracting {', '.join(features)} of {len(manifest.utterances)} utterances")
     extraction = extract(manifest, features, cache, device=device, progress=progress)
