@@ -15,6 +15,7 @@
     │   ├── AudioError                       unreadable, empty, not audio, not finite …
     │   ├── TextError                        no transcript where one is needed
     │   └── ModelOutputError                 NaN or Inf out of a model
+    ├── DivergedError (ArithmeticError) exit 1   a training whose loss is no longer finite
     └── StoreError                  exit 1
         ├── DamagedStoreError       exit 4   a checksum, size or shape that does not hold
         ├── StoreFormatError        exit 2   not a store, or of a version we cannot read
@@ -110,6 +111,10 @@ class TextError(UtteranceError):
 
 class ModelOutputError(UtteranceError):
     """A model answered with NaN or Inf."""
+
+
+class DivergedError(MerError, ArithmeticError):
+    """The loss or the probabilities of a training are no longer finite."""
 
 
 class StoreError(MerError):

@@ -179,9 +179,14 @@ def plan(recipe: Recipe) -> Plan:
     )
 
 
-def default_protocol(recipe: Recipe) -> str:
-    """Return the protocol of a recipe, or the one its corpus is usually reported on."""
-    return recipe.evaluation.protocol or _corpus_default(recipe.dataset.name, "protocol", "loso")
+def default_protocol(recipe: Recipe, utterances: Sequence[Utterance]) -> str:
+    """Return the protocol of a recipe, or the one its corpus is usually reported on.
+
+    A manifest's own is its split, where every utterance has one, else leave one speaker out.
+    """
+    splits = {u.split for u in utterances}
+    own = "official" if None not in splits and {"train", "test"} <= splits else "loso"
+    return recipe.evaluation.protocol or _corpus_default(recipe.dataset.name, "protocol", own)
 
 
 def _corpus_default(dataset: str | None, attribute: str, otherwise: str) -> str:

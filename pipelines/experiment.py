@@ -345,7 +345,7 @@ def _split(recipe: Recipe, planned: Plan, content: Mapping[str, bytes]) -> Folds
     """Make the folds that the recipe asks for, over all utterances that have a class."""
     evaluation = recipe.evaluation
     split = protocols.make_folds(
-        datasets.default_protocol(recipe),
+        datasets.default_protocol(recipe, planned.utterances),
         planned.utterances,
         evaluation.split_seed,
         validation=evaluation.validation,
@@ -457,7 +457,7 @@ def _train(
             progress=progress,
         )
         test_set = features.select(fold.test)
-        probabilities = predict(result.head, test_set, device=device)
+        probabilities = predict(result.head, test_set, device=device, config=config)
     except MerError as error:
         error.add_note(f"(fold {fold.name}, seed {seed})")
         raise

@@ -35,6 +35,7 @@ from typing import Any, Self
 import numpy as np
 
 from mer.cache.errors import UsageError
+from mer.cache.identity import fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -378,5 +379,9 @@ def _umask() -> int:
 
 
 def file_name(text: str) -> str:
-    """Return ``text`` with what file systems dislike replaced; a fold may be called anything."""
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in text).lstrip(".") or "_"
+    """Return ``text`` with what file systems dislike replaced; a fold may be called anything.
+
+    Text that had to change gets a piece of its hash, so that two names never become one file.
+    """
+    safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in text).lstrip(".")
+    return safe if safe == text and safe else f"{safe}-{fingerprint({'name': text})[:8]}"

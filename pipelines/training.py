@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mer.cache.errors import CheckpointError, MerError, RecipeError, UsageError
+from mer.cache.errors import CheckpointError, DivergedError, RecipeError, UsageError
 from mer.heads.contract import Head, StreamShape
 from mer.heads.registry import configure, create
 from mer.heads.settings import build
@@ -45,10 +45,6 @@ logger = logging.getLogger(__name__)
 
 Progress = Callable[[Mapping[str, Any]], None]
 """Called after every epoch with its entry of ``TrainResult.history``."""
-
-
-class DivergedError(MerError, ArithmeticError):
-    """The loss or the probabilities are no longer finite."""
 
 
 # -- data ------------------------------------------------------------------------------------------
@@ -702,6 +698,7 @@ def predict(
     *,
     device: torch.device | str = "cpu",
     batch_size: int = 32,
+    config: TrainConfig | None = None,
 ) -> np.ndarray:
     """Return class probabilities (N, C) float32, columns as in ``fitted.classes``.
 
@@ -713,6 +710,8 @@ def predict(
         With the streams that the head was trained on; labels are not looked at.
     batch_size : int, default=32
         Utterances at a time; it does not change a result.
+    config : TrainConfig, optional
+        Precision and threads are taken from it, so that test is computed as validation was.
 
     Raises
     ------
@@ -730,7 +729,7 @@ def predict(
         if shift is not None and scale is not None:
             stream = dataclasses.replace(stream, shift=shift.to(device), scale=scale.to(device))
         streams[name] = stream
-    config = TrainConfig(batch_size=batch_size)
+    config = dataclasses.replace(config or TrainConfig(), batch_size=batch_size)
     with _threads(config.threads):
         logits = _logits(head, streams, config, device)
     return logits.softmax(-1).numpy()

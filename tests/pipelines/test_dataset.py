@@ -18,7 +18,7 @@ from mer.cache.store import Cache
 from mer.pipelines import dataset as datasets
 from mer.pipelines.dataset import average
 from mer.pipelines.extraction import extract
-from mer.pipelines.manifest import read_manifest
+from mer.pipelines.manifest import Utterance, read_manifest
 from mer.pipelines.recipe import DatasetRecipe, EvaluationRecipe, HeadRecipe, Recipe, StreamRecipe
 
 MELS = "logmel:n_mels=20"
@@ -240,3 +240,17 @@ def test_planning_does_not_import_torch(corpus):
         [sys.executable, "-c", code, str(corpus)], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("splits", "expected"),
+    [
+        (("train", "validation", "test"), "official"),
+        (("train", "test", None), "loso"),
+        ((None, None, None), "loso"),
+    ],
+)
+def test_a_manifest_with_a_complete_split_is_reported_on_it(corpus, splits, expected):
+    utterances = [Utterance(id=str(i), split=split) for i, split in enumerate(splits)]
+    assert datasets.default_protocol(make(corpus), utterances) == expected
+    assert datasets.default_protocol(make(corpus, protocol="loso"), utterances) == "loso"

@@ -186,7 +186,14 @@ def test_folder_that_is_no_run_says_what_it_lacks(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("fold 1/2", "fold_1_2"), ("..", "_"), ("Ses01", "Ses01"), ("ü:x", "ü_x")],
+    [("fold 1/2", "fold_1_2-"), ("..", "-"), ("Ses01", "Ses01"), ("ü:x", "ü_x-")],
 )
 def test_fold_names_become_file_names(name, expected):
-    assert rundir.file_name(name) == expected
+    made = rundir.file_name(name)
+    assert made.startswith(expected)
+    assert "/" not in made
+    assert made == name or len(made) == len(expected) + 8
+
+
+def test_two_fold_names_never_share_a_file():
+    assert len({rundir.file_name(name) for name in ("a/b", "a_b", "a:b", "a b")}) == 4

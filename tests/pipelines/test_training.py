@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from mer.cache.errors import CheckpointError, RecipeError, UsageError
+from mer.cache.errors import CheckpointError, DivergedError, RecipeError, UsageError
 from mer.heads.contract import StreamShape
 from mer.pipelines import batching, training
 from mer.pipelines.metrics import classification
 from mer.pipelines.training import (
-    DivergedError,
     FeatureSet,
     TrainConfig,
     TrainResult,
