@@ -22,7 +22,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from mer.cache.errors import CheckpointError
+from mer.cache.errors import CheckpointError, UsageError
 from mer.extract.contract import ModelIdentity
 
 if TYPE_CHECKING:
@@ -93,6 +93,10 @@ class Checkpoint:
         """Last part of a hub id; None for a local folder, whose name is no part of its identity."""
         return None if self.identity.revision is None else self.identity.id.rpartition("/")[2]
 
+    def licence(self, notes: Mapping[str, str]) -> str | None:
+        """Return the note of the hub id's prefix, if ``notes`` has one."""
+        return next((v for k, v in notes.items() if self.identity.id.startswith(k)), None)
+
     def need(self, key: str) -> Any:
         """Return a value of config.json.
 
@@ -112,6 +116,21 @@ class Checkpoint:
         """Return another JSON file of the folder, or None if it is absent."""
         path = self.folder / name
         return _read_json(path) if path.is_file() else None
+
+
+def requested(name: str, options: Mapping[str, str], *, also: Sequence[str] = ()) -> Checkpoint:
+    """Resolve the ``model`` and ``revision`` options of feature ``name``.
+
+    Raises
+    ------
+    UsageError
+        No model is named.
+    CheckpointError
+        See ``resolve``.
+    """
+    if not options["model"]:
+        raise UsageError(f"Feature {name!r} needs a model: {name}:model=FOLDER_OR_HUB_ID.")
+    return resolve(options["model"], options["revision"] or None, also=also)
 
 
 def resolve(model: str, revision: str | None = None, *, also: Sequence[str] = ()) -> Checkpoint:

@@ -19,8 +19,8 @@ from mer.cache.errors import UsageError
 from mer.cache.spec import FeatureSpec, OutputSpec
 from mer.extract.audio import FRONT_END
 from mer.extract.contract import SAMPLE_RATE_HZ, BatchPolicy, Extractor, RaggedBatch, take
-from mer.extract.options import real, whole
-from mer.extract.precision import STORED, check_choice
+from mer.extract.options import check_choice, real, whole
+from mer.extract.precision import STORED
 
 if TYPE_CHECKING:
     from torch import Tensor

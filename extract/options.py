@@ -1,4 +1,4 @@
-"""Numbers out of the options of a feature string."""
+"""Checks on the options of a feature string, which reach an extractor as text."""
 
 from __future__ import annotations
 
@@ -38,3 +38,40 @@ def whole(feature: str, option: str, value: str, low: int, high: int) -> int:
     if number != int(number):
         raise UsageError(f"Feature {feature!r}: {option}={value}, expected a whole number.")
     return int(number)
+
+
+def check_choice(feature: str, option: str, value: str, allowed: tuple[str, ...]) -> str:
+    """Return ``value`` if it is one of ``allowed``.
+
+    Raises
+    ------
+    UsageError
+        It is not.
+    """
+    if value not in allowed:
+        raise UsageError(
+            f"Feature {feature!r}: {option}={value} is not known; expected {' or '.join(allowed)}."
+        )
+    return value
+
+
+def check_seconds(feature: str, option: str, value: str, least: float, below: float) -> float:
+    """Return ``value`` as a number of seconds in [least, below).
+
+    Raises
+    ------
+    UsageError
+        Not a number, or out of range.
+    """
+    try:
+        seconds = float(value)
+    except ValueError:
+        raise UsageError(
+            f"Feature {feature!r}: {option}={value} is not a number of seconds."
+        ) from None
+    if not least <= seconds < below:
+        raise UsageError(
+            f"Feature {feature!r}: {option}={value} must be at least {least:g} and below {below:g} "
+            "seconds."
+        )
+    return seconds

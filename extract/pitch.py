@@ -30,9 +30,9 @@ from mer.extract.contract import (
     RaggedBatch,
     take,
 )
-from mer.extract.options import real
+from mer.extract.options import check_choice, real
 from mer.extract.pitch_decoding import best_path, bin_of, local_average, to_hz
-from mer.extract.precision import STORED, check_choice, exact_float32
+from mer.extract.precision import STORED, exact_float32
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,50 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from mer.cache.errors import UsageError
-
 if TYPE_CHECKING:
     import torch
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 STORED = ("float16", "float32")
-
-
-def check_choice(feature: str, option: str, value: str, allowed: tuple[str, ...]) -> str:
-    """Return ``value`` if it is one of ``allowed``.
-
-    Raises
-    ------
-    UsageError
-        It is not.
-    """
-    if value not in allowed:
-        raise UsageError(
-            f"Feature {feature!r}: {option}={value} is not known; expected {' or '.join(allowed)}."
-        )
-    return value
-
-
-def check_seconds(feature: str, option: str, value: str, least: float, below: float) -> float:
-    """Return ``value`` as a number of seconds in [least, below).
-
-    Raises
-    ------
-    UsageError
-        Not a number, or out of range.
-    """
-    try:
-        seconds = float(value)
-    except ValueError:
-        raise UsageError(
-            f"Feature {feature!r}: {option}={value} is not a number of seconds."
-        ) from None
-    if not least <= seconds < below:
-        raise UsageError(
-            f"Feature {feature!r}: {option}={value} must be at least {least:g} and below {below:g} "
-            "seconds."
-        )
-    return seconds
 
 
 def torch_dtype(precision: str) -> torch.dtype:

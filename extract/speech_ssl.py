@@ -17,10 +17,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Self
 
-from mer.cache.errors import AudioError, CheckpointError, UsageError
+from mer.cache.errors import AudioError, CheckpointError
 from mer.cache.spec import FeatureSpec, OutputSpec
 from mer.extract.audio import FRONT_END
-from mer.extract.checkpoint import PREPROCESSOR, Checkpoint, load_pretrained, resolve
+from mer.extract.checkpoint import PREPROCESSOR, Checkpoint, load_pretrained, requested
 from mer.extract.contract import (
     SAMPLE_RATE_HZ,
     BatchPolicy,
@@ -30,14 +30,8 @@ from mer.extract.contract import (
     take,
 )
 from mer.extract.layers import FINAL, LayerTap, blocks_needed, layers_tag, parse_layers
-from mer.extract.precision import (
-    PRECISIONS,
-    STORED,
-    check_choice,
-    check_seconds,
-    exact_float32,
-    torch_dtype,
-)
+from mer.extract.options import check_choice, check_seconds
+from mer.extract.precision import PRECISIONS, STORED, exact_float32, torch_dtype
 
 if TYPE_CHECKING:
     import numpy as np
@@ -195,9 +189,7 @@ class SpeechSsl(Extractor):
             },
         }
         name = checkpoint.short_name or f"{family}-local"
-        self.licence = next(
-            (v for k, v in LICENCES.items() if checkpoint.identity.id.startswith(k)), None
-        )
+        self.licence = checkpoint.licence(LICENCES)
         self.spec = FeatureSpec(
             slug=f"{name}-{layers_tag(self.layers, self.num_layers)}",
             identity=identity,
@@ -219,12 +211,10 @@ class SpeechSsl(Extractor):
             Weights that cannot be found, or of another family.
         """
         o = take(options, name, OPTIONS)
-        if not o["model"]:
-            raise UsageError(f"Feature {name!r} needs a model: {name}:model=FOLDER_OR_HUB_ID.")
         normalise = check_choice(name, "normalise", o["normalise"], ("auto", "yes", "no"))
         window_s = check_seconds(name, "window_s", o["window_s"], 1.0, 36_000.0)
         return cls(
-            resolve(o["model"], o["revision"] or None),
+            requested(name, o),
             name.partition("-")[0],
             layers=o["layers"],
             normalise=None if normalise == "auto" else normalise == "yes",

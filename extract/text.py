@@ -10,18 +10,19 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Self
 
-from mer.cache.errors import CheckpointError, TextError, UsageError
+from mer.cache.errors import CheckpointError, TextError
 from mer.cache.spec import FeatureSpec, Kind, OutputSpec
 from mer.extract.checkpoint import (
     TOKENIZER_FILES,
     Checkpoint,
     load_pretrained,
     quiet_transformers,
-    resolve,
+    requested,
 )
 from mer.extract.contract import BatchPolicy, Extractor, RaggedBatch, take
 from mer.extract.layers import FINAL, LayerTap, blocks_needed, layers_tag, parse_layers
-from mer.extract.precision import PRECISIONS, STORED, check_choice, exact_float32, torch_dtype
+from mer.extract.options import check_choice
+from mer.extract.precision import PRECISIONS, STORED, exact_float32, torch_dtype
 
 if TYPE_CHECKING:
     import numpy as np
@@ -145,9 +146,7 @@ class TextEncoder(Extractor):
         kind: Kind = "frames" if pooled == "none" else "pooled"
         name = checkpoint.short_name or f"{model_type}-local"
         tags = [layers_tag(self.layers, self.num_layers), *([] if pooled == "none" else [pooled])]
-        self.licence = next(
-            (v for k, v in LICENCES.items() if checkpoint.identity.id.startswith(k)), None
-        )
+        self.licence = checkpoint.licence(LICENCES)
         self.spec = FeatureSpec(
             slug="-".join([name, *tags]),
             identity=identity,
@@ -170,9 +169,7 @@ class TextEncoder(Extractor):
             Weights that cannot be found, or of another family.
         """
         o = take(options, name, OPTIONS)
-        if not o["model"]:
-            raise UsageError(f"Feature {name!r} needs a model: {name}:model=FOLDER_OR_HUB_ID.")
-        checkpoint = resolve(o["model"], o["revision"] or None, also=TOKENIZER_FILES)
+        checkpoint = requested(name, o, also=TOKENIZER_FILES)
         allowed = FAMILIES.get(name.partition("-")[0], FAMILIES["text"])
         if (model_type := checkpoint.config.get("model_type")) not in allowed:
             raise CheckpointError(

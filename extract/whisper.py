@@ -23,7 +23,7 @@ from mer.extract.checkpoint import (
     import_transformers,
     read_tensors,
     refuse_misfits,
-    resolve,
+    requested,
 )
 from mer.extract.contract import (
     SAMPLE_RATE_HZ,
@@ -34,14 +34,8 @@ from mer.extract.contract import (
     take,
 )
 from mer.extract.layers import FINAL, LayerTap, blocks_needed, layers_tag, parse_layers
-from mer.extract.precision import (
-    PRECISIONS,
-    STORED,
-    check_choice,
-    check_seconds,
-    exact_float32,
-    torch_dtype,
-)
+from mer.extract.options import check_choice, check_seconds
+from mer.extract.precision import PRECISIONS, STORED, exact_float32, torch_dtype
 
 if TYPE_CHECKING:
     import numpy as np
@@ -182,9 +176,7 @@ class WhisperEncoder(Extractor):
             },
         }
         dim, rate_hz = int(checkpoint.need("d_model")), SAMPLE_RATE_HZ / FRAME_HOP
-        self.licence = next(
-            (v for k, v in LICENCES.items() if checkpoint.identity.id.startswith(k)), None
-        )
+        self.licence = checkpoint.licence(LICENCES)
         name = checkpoint.short_name or "whisper-local"
         self.spec = FeatureSpec(
             slug=f"{name}-{layers_tag(self.layers, self.num_layers)}",
@@ -207,11 +199,9 @@ class WhisperEncoder(Extractor):
             Weights that cannot be found, or of another family.
         """
         o = take(options, name, OPTIONS)
-        if not o["model"]:
-            raise UsageError(f"Feature {name!r} needs a model: {name}:model=FOLDER_OR_HUB_ID.")
         check_choice(name, "window", o["window"], ("30s",))
         return cls(
-            resolve(o["model"], o["revision"] or None),
+            requested(name, o),
             layers=o["layers"],
             overlap_s=check_seconds(name, "overlap_s", o["overlap_s"], 0.0, 15.0),
             precision=check_choice(name, "precision", o["precision"], PRECISIONS),

@@ -6,13 +6,8 @@ import pytest
 import torch
 
 from mer.cache.errors import UsageError
-from mer.extract.precision import (
-    PRECISIONS,
-    check_choice,
-    check_seconds,
-    exact_float32,
-    torch_dtype,
-)
+from mer.extract.options import check_choice, check_seconds
+from mer.extract.precision import PRECISIONS, exact_float32, torch_dtype
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
