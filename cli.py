@@ -169,36 +169,12 @@ def _show_failures(failures: Sequence[Failure]) -> None:
         click.echo(f"failed: … and {more} more (--json lists all)", err=True)
 
 
-class _Bar:
-    """Progress of an extraction on stderr: utterances/s, × real time, time left."""
-
-    def __init__(self, show: Any) -> None:
-        self._show = show
-        self._task: Any = None
-
-    def start(self, utterances: int, seconds: float) -> None:
-        """Begin a bar over ``seconds`` of input."""
-        self._task = self._show.add_task(
-            "extract", total=max(seconds, 1e-9), done=0, utterances=utterances, rate="", speed=""
-        )
-
-    def advance(self, utterances: int, seconds: float) -> None:
-        """Move the bar on."""
-        self._show.advance(self._task, seconds)
-        task = self._show.tasks[self._task]
-        done = task.fields["done"] + utterances
-        elapsed = max(task.elapsed or 0.0, 1e-9)
-        self._show.update(
-            self._task,
-            done=done,
-            rate=f"{done / elapsed:.1f}/s",
-            speed=f"{task.completed / elapsed:.1f}× real time",
-        )
-
-
 @contextmanager
-def _extraction_bar() -> Iterator[_Bar | None]:
-    """Yield a bar where stderr is a terminal, else None."""
+def _display() -> Iterator[Any | None]:
+    """Yield the one live display on stderr, or None where that is no terminal.
+
+    Its tasks carry a ``note``, shown beside the bar.
+    """
     if not sys.stderr.isatty():
         yield None
         return
@@ -208,28 +184,52 @@ def _extraction_bar() -> Iterator[_Bar | None]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn("{task.fields[done]}/{task.fields[utterances]}"),
-        TextColumn("{task.fields[rate]} {task.fields[speed]}"),
+        TextColumn("{task.fields[note]}"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as show:
-        yield _Bar(show)
+        yield show
+
+
+class _Bar:
+    """Progress of an extraction: recordings read; then utterances/s, × real time, time left."""
+
+    def __init__(self, show: Any) -> None:
+        self._show = show
+        self._reading: Any = None
+        self._task: Any = None
+        self._done = self._of = self._read = 0
+
+    def hashed(self, count: int) -> None:
+        """Count recordings read while planning."""
+        if self._reading is None:
+            self._reading = self._show.add_task("reading recordings", total=None, note="")
+        self._read += count
+        self._show.update(self._reading, note=f"{self._read:,}")
+
+    def start(self, utterances: int, seconds: float) -> None:
+        """Begin a bar over ``seconds`` of input."""
+        if self._reading is not None:
+            self._show.remove_task(self._reading)
+        self._of = utterances
+        self._task = self._show.add_task("extract", total=max(seconds, 1e-9), note="")
+
+    def advance(self, utterances: int, seconds: float) -> None:
+        """Move the bar on."""
+        self._show.advance(self._task, seconds)
+        (task,) = (task for task in self._show.tasks if task.id == self._task)
+        self._done += utterances
+        elapsed = max(task.elapsed or 0.0, 1e-9)
+        rate, speed = self._done / elapsed, task.completed / elapsed
+        note = f"{self._done:,}/{self._of:,}  {rate:.1f}/s  {speed:.1f}× real time"
+        self._show.update(self._task, note=note)
 
 
 @contextmanager
-def _counting_bar(
-    description: str, total: int | None = None
-) -> Iterator[Callable[[int], None] | None]:
-    """Yield a function that counts on a bar where stderr is a terminal, else None."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as show:
-        task = show.add_task(description, total=total)
-        yield lambda count: show.advance(task, count)
+def _extraction_bar() -> Iterator[_Bar | None]:
+    """Yield a bar where stderr is a terminal, else None."""
+    with _display() as show:
+        yield None if show is None else _Bar(show)
 
 
 # -- extract ---------------------------------------------------------------------------------------
@@ -298,7 +298,7 @@ def extract(
         raise click.UsageError("Name at least one feature (-f) or a --recipe.")
     cache = _cache(cache_url)
     manifest = corpora.load(dataset, root)
-    with _counting_bar("reading recordings") as hashing, _extraction_bar() as bar:
+    with _extraction_bar() as bar:
         result = run_extraction(
             manifest,
             wanted,
@@ -308,7 +308,7 @@ def extract(
             workers=workers,
             dry_run=dry_run,
             verify=verify,
-            hashing=hashing,
+            hashing=bar.hashed if bar else None,
             progress=bar,
         )
     _show_failures(result.report.failures)
@@ -353,23 +353,19 @@ def _integers(ctx: click.Context, param: click.Parameter, value: str | None) -> 
 @contextmanager
 def _training_bar() -> Iterator[Callable[[Mapping[str, Any]], None] | None]:
     """Yield a hook that shows folds × seeds × epochs where stderr is a terminal, else None."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as show:
-        task = show.add_task("train", total=None)
+    with _display() as show:
+        if show is None:
+            yield None
+            return
+        task = show.add_task("train", total=None, note="")
 
         def report(epoch: Mapping[str, Any]) -> None:
             show.update(
                 task,
-                description=f"{epoch['fold']} seed {epoch['seed']} "
-                f"({epoch['training']}/{epoch['trainings']})",
                 total=epoch["trainings"] * epoch["epochs"],
                 completed=(epoch["training"] - 1) * epoch["epochs"] + epoch["epoch"],
+                note=f"{epoch['training']}/{epoch['trainings']}: "
+                f"fold {epoch['fold']}, seed {epoch['seed']}",
             )
 
         yield report
@@ -432,14 +428,14 @@ def train_head(
         from mer.pipelines.extraction import extract as run_extraction
 
         planned = check_recipe(loaded, out)  # before hours of extraction, not after them
-        with _counting_bar("reading recordings") as hashing, _extraction_bar() as bar:
+        with _extraction_bar() as bar:
             brought = run_extraction(
                 planned.manifest,
                 loaded.feature_strings(),
                 opened,
                 device=device,
                 workers=workers,
-                hashing=hashing,
+                hashing=bar.hashed if bar else None,
                 progress=bar,
             )
         _show_failures(brought.report.failures)
@@ -761,7 +757,9 @@ def corpora_check(dataset: str, root: Path | None, workers: int, as_json: bool) 
     """
     from mer.pipelines.corpora.check import check
 
-    with _counting_bar("checking") as progress:
+    with _display() as show:
+        task = show.add_task("checking", total=None, note="") if show else None
+        progress = (lambda count: show.advance(task, count)) if show else None
         report = check(dataset, root, workers=workers, progress=progress)
     _emit(report.to_json(), as_json, report.to_text)
     return report.exit_code

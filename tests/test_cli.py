@@ -359,3 +359,24 @@ def test_wrong_usage_exits_with_2(tmp_path):
     code, _, stderr = mer("extract", "demo", "--root", tmp_path, "-f", "logmel", "--device", "gpu")
     assert code == 2
     assert "'gpu': expected auto, cpu, cuda or cuda:N" in stderr
+
+
+def test_a_terminal_sees_progress(manifest, tmp_path):
+    pty = pytest.importorskip("pty")
+    ours, theirs = pty.openpty()
+    argv = [*MER, "extract", str(manifest), "-f", "logmel", "--cache", str(tmp_path)]
+    with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=theirs) as process:
+        os.close(theirs)
+        seen = b""
+        while True:
+            try:
+                piece = os.read(ours, 4096)
+            except OSError:  # Linux says so when the other end is closed
+                break
+            if not piece:
+                break
+            seen += piece
+    os.close(ours)
+    assert process.returncode == 0
+    assert "8/8" in seen.decode()
+    assert "real time" in seen.decode()
