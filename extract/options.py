@@ -53,25 +53,3 @@ def check_choice(feature: str, option: str, value: str, allowed: tuple[str, ...]
             f"Feature {feature!r}: {option}={value} is not known; expected {' or '.join(allowed)}."
         )
     return value
-
-
-def check_seconds(feature: str, option: str, value: str, least: float, below: float) -> float:
-    """Return ``value`` as a number of seconds in [least, below).
-
-    Raises
-    ------
-    UsageError
-        Not a number, or out of range.
-    """
-    try:
-        seconds = float(value)
-    except ValueError:
-        raise UsageError(
-            f"Feature {feature!r}: {option}={value} is not a number of seconds."
-        ) from None
-    if not least <= seconds < below:
-        raise UsageError(
-            f"Feature {feature!r}: {option}={value} must be at least {least:g} and below {below:g} "
-            "seconds."
-        )
-    return seconds

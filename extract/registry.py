@@ -82,9 +82,8 @@ def parse_feature(text: str) -> FeatureRequest:
 
     Examples
     --------
-    >>> parse_feature("wavlm-large:layers=6,9,12,dtype=float32#layer_9")
-    FeatureRequest(name='wavlm-large', options={'layers': '6,9,12', 'dtype': 'float32'},
-    output='layer_9')
+    >>> parse_feature("wavlm:layers=6,9,12#layer_9")
+    FeatureRequest(name='wavlm', options={'layers': '6,9,12'}, output='layer_9')
     """
     body, hash_sign, output = text.strip().rpartition("#")
     if not hash_sign:

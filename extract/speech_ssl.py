@@ -30,7 +30,7 @@ from mer.extract.contract import (
     take,
 )
 from mer.extract.layers import FINAL, LayerTap, blocks_needed, layers_tag, parse_layers
-from mer.extract.options import check_choice, check_seconds
+from mer.extract.options import check_choice, real
 from mer.extract.precision import PRECISIONS, STORED, exact_float32, torch_dtype
 
 if TYPE_CHECKING:
@@ -201,25 +201,17 @@ class SpeechSsl(Extractor):
 
     @classmethod
     def from_options(cls, name: str, options: Mapping[str, str]) -> Self:
-        """Build from a registered name (``wavlm``, ``hubert-large`` …) and its options.
-
-        Raises
-        ------
-        UsageError
-            An unknown option or a value out of range; no model.
-        CheckpointError
-            Weights that cannot be found, or of another family.
-        """
+        """See `Extractor.from_options`."""
         o = take(options, name, OPTIONS)
         normalise = check_choice(name, "normalise", o["normalise"], ("auto", "yes", "no"))
-        window_s = check_seconds(name, "window_s", o["window_s"], 1.0, 36_000.0)
+        window_s = real(name, "window_s", o["window_s"], 1.0, 36_000.0)
         return cls(
             requested(name, o),
             name.partition("-")[0],
             layers=o["layers"],
             normalise=None if normalise == "auto" else normalise == "yes",
             window_s=window_s,
-            overlap_s=check_seconds(name, "overlap_s", o["overlap_s"], 0.0, window_s / 2),
+            overlap_s=real(name, "overlap_s", o["overlap_s"], 0.0, window_s / 2),
             precision=check_choice(name, "precision", o["precision"], PRECISIONS),
             dtype=check_choice(name, "dtype", o["dtype"], STORED),
         )

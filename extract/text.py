@@ -159,15 +159,7 @@ class TextEncoder(Extractor):
 
     @classmethod
     def from_options(cls, name: str, options: Mapping[str, str]) -> Self:
-        """Build from a registered name (``roberta``, ``roberta-large`` …) and its options.
-
-        Raises
-        ------
-        UsageError
-            An unknown option or a value out of range; no model.
-        CheckpointError
-            Weights that cannot be found, or of another family.
-        """
+        """See `Extractor.from_options`."""
         o = take(options, name, OPTIONS)
         checkpoint = requested(name, o, also=TOKENIZER_FILES)
         allowed = FAMILIES.get(name.partition("-")[0], FAMILIES["text"])

@@ -34,7 +34,7 @@ from mer.extract.contract import (
     take,
 )
 from mer.extract.layers import FINAL, LayerTap, blocks_needed, layers_tag, parse_layers
-from mer.extract.options import check_choice, check_seconds
+from mer.extract.options import check_choice, real
 from mer.extract.precision import PRECISIONS, STORED, exact_float32, torch_dtype
 
 if TYPE_CHECKING:
@@ -189,21 +189,13 @@ class WhisperEncoder(Extractor):
 
     @classmethod
     def from_options(cls, name: str, options: Mapping[str, str]) -> Self:
-        """Build from a registered name (``whisper``, ``whisper-large-v3`` …) and its options.
-
-        Raises
-        ------
-        UsageError
-            An unknown option or a value out of range; no model.
-        CheckpointError
-            Weights that cannot be found, or of another family.
-        """
+        """See `Extractor.from_options`."""
         o = take(options, name, OPTIONS)
         check_choice(name, "window", o["window"], ("30s",))
         return cls(
             requested(name, o),
             layers=o["layers"],
-            overlap_s=check_seconds(name, "overlap_s", o["overlap_s"], 0.0, 15.0),
+            overlap_s=real(name, "overlap_s", o["overlap_s"], 0.0, 15.0),
             precision=check_choice(name, "precision", o["precision"], PRECISIONS),
             dtype=check_choice(name, "dtype", o["dtype"], STORED),
         )

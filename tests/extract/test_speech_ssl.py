@@ -231,10 +231,10 @@ def test_a_generic_name_needs_a_model() -> None:
     [
         ("precision=int8", "precision=int8 is not known; expected float32 or bfloat16 or float16"),
         ("dtype=bfloat16", "dtype=bfloat16 is not known; expected float16 or float32"),
-        ("window_s=long", "window_s=long is not a number"),
-        ("window_s=0.1", "at least 1"),
-        ("window_s=nan", "at least 1"),
-        ("overlap_s=25", "below 20 seconds"),
+        ("window_s=long", "window_s=long, expected a number from 1 to 36000"),
+        ("window_s=0.1", "a number from 1 to 36000"),
+        ("window_s=nan", "a number from 1 to 36000"),
+        ("overlap_s=25", "a number from 0 to 20"),
         ("layers=3", "there is no layer 3"),
     ],
 )
