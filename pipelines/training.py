@@ -232,7 +232,7 @@ class TrainConfig:
         ``bfloat16`` computes the head under autocast; weights stay float32.
     threads : int, default=1
         CPU threads of the computation (ours). The steps of small heads are too short to share: on a
-        busy machine two threads were measured 50 times slower than one. And a rerun is
+        busy machine two threads were measured 20 times slower than one. And a rerun is
         bit-identical whatever number of cores a machine has.
     """
 
