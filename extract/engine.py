@@ -36,8 +36,8 @@ from mer.extract.runner import Arrays, Runner
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Padded seconds per forward pass. A CPU is kept busy by one clip of speech, and larger batches fall
-# out of its caches (benchmarks/README.md); transcripts are short, and a GPU wants much.
+# Padded seconds per forward pass. A CPU is kept busy by one clip of speech, and larger batches were
+# slower there (benchmarks/README.md); transcripts are short, and a GPU wants much.
 BATCH_SECONDS = {
     ("cpu", "audio"): 8.0,
     ("cpu", "text"): 60.0,
