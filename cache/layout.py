@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -31,10 +31,22 @@ POOLED = "pooled"
 FLOAT_DTYPES = ("float16", "float32")
 CODE_DTYPES = ("uint8", "uint16", "uint32")
 
+INDEX_SUFFIX = ".index"  # beside the store: disposable snapshot of manifests and keys
+QUARANTINE_SUFFIX = ".quarantine"  # beside the store: damaged parts that were taken out
+
 _PART_DOMAIN = b"mer.part.1\0"
+_CONTENT_PART_DOMAIN = b"mer.part.2\0"
 _BYTES_CODEC = {"name": "bytes", "configuration": {"endian": "little"}}
 _BYTE_CODEC = {"name": "bytes"}  # one-byte types have no order
 _CRC_CODEC = {"name": "crc32c"}
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """What a manifest says of one file: its size in bytes and the xxh3-128 of its content (hex)."""
+
+    bytes: int
+    xxh3: str
 
 
 def little(dtype: str) -> np.dtype[Any]:
@@ -50,6 +62,40 @@ def chunk_file(ndim: int) -> str:
 def part_id(keys: Iterable[bytes]) -> str:
     """Return the name of a part: a hash of its sorted keys, the same for a retried task."""
     return hashlib.blake2b(_PART_DOMAIN + b"".join(sorted(keys)), digest_size=16).hexdigest()
+
+
+def content_part_id(files: Mapping[str, FileRecord]) -> str:
+    """Return the name of a part that depends on its bytes: a hash of its files' checksums.
+
+    For object stores, where the objects of a part appear one by one, so that two writers of the
+    same keys never mix their objects under one name; and for parts that replace others.
+
+    Parameters
+    ----------
+    files : mapping of str to FileRecord
+        By name below the part, the manifest left out.
+    """
+    digest = hashlib.blake2b(_CONTENT_PART_DOMAIN, digest_size=16)
+    for name in sorted(files):
+        digest.update(name.encode("utf-8") + b"\0" + files[name].xxh3.encode("ascii"))
+    return digest.hexdigest()
+
+
+def crc_text(crcs: Sequence[int]) -> str:
+    """Return checksums of chunks as a manifest holds them, eight hex digits each."""
+    return "".join(f"{crc:08x}" for crc in crcs)
+
+
+def crc_array(text: str) -> np.ndarray:
+    """Return what ``crc_text`` was given, (chunks,) uint32.
+
+    Raises
+    ------
+    ValueError
+        Not whole checksums in hex.
+    """
+    data = bytes.fromhex(text)
+    return np.frombuffer(data, ">u4").astype(np.uint32)
 
 
 def chunk_rows(num_frames: int) -> int:

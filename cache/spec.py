@@ -57,12 +57,15 @@ class FeatureSpec:
         Follows from the identity; not hashed.
     licence : str, optional
         Licence note of the weights.
+    source : mapping, optional
+        Where values come from that no extractor of ours computed, as JSON types; not hashed.
     """
 
     slug: str
     identity: Mapping[str, Any]
     outputs: tuple[OutputSpec, ...]
     licence: str | None = None
+    source: Mapping[str, Any] | None = None
 
     def output(self, name: str) -> OutputSpec:
         """Return the output called ``name``.

@@ -18,7 +18,6 @@ import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,6 +25,7 @@ import numpy as np
 import xxhash
 
 from mer.cache.errors import StorageFullError, StoreError
+from mer.cache.layout import FileRecord
 
 logger = logging.getLogger(__name__)
 
@@ -36,14 +36,6 @@ _FULL = {errno.ENOSPC, errno.EDQUOT}
 _EXISTS = {errno.ENOTEMPTY, errno.EEXIST}
 
 Buffer = bytes | memoryview | np.ndarray
-
-
-@dataclass(frozen=True, slots=True)
-class FileRecord:
-    """What a manifest says of one file: its size in bytes and the xxh3-128 of its content (hex)."""
-
-    bytes: int
-    xxh3: str
 
 
 @contextmanager

@@ -21,7 +21,8 @@ from mer.cache import layout
 from mer.cache.errors import StoreError
 from mer.cache.identity import KEY_BYTES
 from mer.cache.spec import FeatureSpec, OutputSpec
-from mer.cache.staging import FileRecord, publish, staged, sweep, write_file, writing
+from mer.cache.layout import FileRecord
+from mer.cache.staging import publish, staged, sweep, write_file, writing
 
 logger = logging.getLogger(__name__)
 
