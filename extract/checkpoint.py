@@ -77,12 +77,15 @@ class Checkpoint:
         config.json as read.
     weights : tuple of Path
         The weight files that will be loaded: one, or all shards.
+    also : tuple of str
+        Names of the further files that were hashed where they exist.
     """
 
     folder: Path
     identity: ModelIdentity
     config: Mapping[str, Any]
     weights: tuple[Path, ...]
+    also: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         local = self.identity.revision is None
@@ -96,6 +99,21 @@ class Checkpoint:
     def licence(self, notes: Mapping[str, str]) -> str | None:
         """Return the note of the hub id's prefix, if ``notes`` has one."""
         return next((v for k, v in notes.items() if self.identity.id.startswith(k)), None)
+
+    def check_unchanged(self) -> None:
+        """Check, after loading, that the files are still those that the identity was made of.
+
+        Raises
+        ------
+        CheckpointError
+            A training or a download wrote to the folder meanwhile.
+        """
+        model = self.identity.id
+        if _identify(self.folder, model, self.identity.revision, self.also) != self:
+            raise CheckpointError(
+                f"{self.folder} changed while it was being loaded; nothing was computed with it. "
+                "Run the same command again when it is complete."
+            )
 
     def need(self, key: str) -> Any:
         """Return a value of config.json.
@@ -264,6 +282,7 @@ def _identify(folder: Path, model_id: str, commit: str | None, also: Sequence[st
         ModelIdentity(id=model_id, revision=commit, weights=digest.hexdigest()),
         config,
         weights,
+        tuple(also),
     )
 
 
@@ -531,7 +550,8 @@ def load_pretrained(
     Raises
     ------
     CheckpointError
-        Keys missing, unexpected or of another shape; a damaged file; a format that could run code.
+        Keys missing, unexpected or of another shape; a damaged file; a format that could run code;
+        files that changed since they were identified.
     """
     with quiet_transformers() as transformers:
         try:
@@ -566,6 +586,7 @@ def load_pretrained(
         droppable=droppable,
         optional=optional,
     )
+    checkpoint.check_unchanged()
     encoder: nn.Module = model.eval().requires_grad_(False)
     return encoder
 
@@ -581,7 +602,8 @@ def read_tensors(checkpoint: Checkpoint, rename: Callable[[str], str | None]) ->
     Raises
     ------
     CheckpointError
-        A damaged file, or one that holds more than tensors.
+        A damaged file, one that holds more than tensors, or one that changed since it was
+        identified.
     """
     import torch
     from safetensors import safe_open
@@ -602,4 +624,5 @@ def read_tensors(checkpoint: Checkpoint, rename: Callable[[str], str | None]) ->
         except Exception as error:  # each reader raises its own
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(f"{path} cannot be read as weights: {reason}") from error
+    checkpoint.check_unchanged()
     return tensors

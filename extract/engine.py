@@ -164,7 +164,9 @@ Prepared = dict[int, "Tensor | Exception"]
 """One utterance's input for each feature that misses it, by the feature's place in the run."""
 
 
-def prepare(source: Source, extractors: dict[int, Extractor]) -> Prepared | Exception:
+def prepare(
+    planned: Plan, source: Source, extractors: dict[int, Extractor]
+) -> Prepared | Exception:
     """Decode one utterance once and prepare it for each of ``extractors`` (all of one modality)."""
     raw: np.ndarray | str
     try:
@@ -175,6 +177,7 @@ def prepare(source: Source, extractors: dict[int, Extractor]) -> Prepared | Exce
 
             assert source.path is not None
             raw = decode(source.path, source.start_s, source.end_s, source.channel)
+            planned.check_unchanged(source)  # hours may lie between its hash and now
     except MissingDependencyError:
         raise
     except Exception as error:  # decoders raise what they like at damaged files
@@ -264,7 +267,7 @@ class _Run:
             for index in block:
                 extractors = {n: self.todo[n].extractor for n in wanted[index]}
                 source = self.planned.sources[index]
-                pending[-1][1].append(pool.submit(prepare, source, extractors))
+                pending[-1][1].append(pool.submit(prepare, self.planned, source, extractors))
             if len(pending) > BLOCKS_AHEAD:
                 ready, futures = pending.popleft()
                 yield ready, [future.result() for future in futures]
@@ -388,7 +391,7 @@ def verify(
         runner = Runner(extractor, device)
         differences = [0.0]
         for source in (here[i] for i in chosen.tolist()):
-            prepared = prepare(source, {0: extractor})
+            prepared = prepare(planned, source, {0: extractor})
             data = prepared if isinstance(prepared, Exception) else prepared[0]
             outcome = data if isinstance(data, Exception) else next(runner([data], len(data)))[1]
             if isinstance(outcome, Exception):

@@ -52,6 +52,10 @@ class Recording:
     channels: int
 
 
+FileState = tuple[int, int, int]
+"""Size and times of modification and change of status, in ns: what tells that a file changed."""
+
+
 @dataclass(slots=True)
 class Resolved:
     """Keys of a set of sources.
@@ -62,6 +66,8 @@ class Resolved:
         Utterance id to 16-byte key, for those that have sound or words.
     durations_s : dict
         Utterance id to seconds of sound.
+    states : dict
+        Path of a recording, as written, to its state before it was read.
     failures : list of Failure
         Utterances whose recording or transcript cannot be used, each once.
     """
@@ -69,6 +75,7 @@ class Resolved:
     audio_keys: dict[str, bytes] = field(default_factory=dict)
     text_keys: dict[str, bytes] = field(default_factory=dict)
     durations_s: dict[str, float] = field(default_factory=dict)
+    states: dict[str, FileState] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
 
 
@@ -90,20 +97,19 @@ class Memo:
             logger.info("the input memo %s is unreadable and is made anew", self.path)
             return {}
 
-    def get(self, path: str, stat: os.stat_result) -> Recording | None:
+    def get(self, path: str, state: FileState) -> Recording | None:
         """Return what is known of ``path`` if it did not change since."""
         row = self._files.get(os.path.abspath(path))
-        if row is None or row[:3] != [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]:
+        if row is None or tuple(row[:3]) != state:
             return None
         return Recording(bytes.fromhex(row[3]), *row[4:])
 
-    def put(self, path: str, stat: os.stat_result, recording: Recording) -> None:
+    def put(self, path: str, state: FileState, recording: Recording) -> None:
         """Remember ``recording`` unless the file is too fresh to tell a later change."""
-        if time.time_ns() - stat.st_mtime_ns < RACY_NS:
+        if time.time_ns() - state[1] < RACY_NS:
             return
         r = recording
-        times = [stat.st_mtime_ns, stat.st_ctime_ns]
-        row = [stat.st_size, *times, r.content.hex(), r.duration_s, r.rate_hz, r.channels]
+        row = [*state, r.content.hex(), r.duration_s, r.rate_hz, r.channels]
         self._files[os.path.abspath(path)] = row
         self._changed = True
 
@@ -123,16 +129,16 @@ class Memo:
         self._changed = False
 
 
-def _read_recording(path: str, stat: os.stat_result) -> Recording:
+def _read_recording(path: str) -> Recording:
     from mer.extract.audio import probe
 
     info = probe(Path(path))
     return Recording(content_hash(Path(path)), info.duration_s, info.rate_hz, info.channels)
 
 
-def _stat(path: str) -> os.stat_result:
+def _state(path: str) -> FileState:
     try:
-        return os.stat(path)
+        stat = os.stat(path)
     except FileNotFoundError:
         raise AudioError(
             f"{path}: no such file. Check the manifest's path or the corpus root."
@@ -141,6 +147,7 @@ def _stat(path: str) -> os.stat_result:
         raise AudioError(
             f"{path}: cannot be read ({error.strerror}). Check its permissions."
         ) from error
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def read_recordings(
@@ -149,46 +156,76 @@ def read_recordings(
     *,
     workers: int = 4,
     progress: Callable[[int], None] | None = None,
-) -> dict[str, Recording | AudioError]:
+) -> tuple[dict[str, Recording | AudioError], dict[str, FileState]]:
     """Return content hash and header of every path, from the memo where the file did not change.
 
-    An unreadable recording yields its ``AudioError`` as value: the others are not affected.
+    An unreadable recording yields its ``AudioError`` as value: the others are not affected. The
+    second result is the state of each file that is there, taken before it was read.
     """
     found: dict[str, Recording | AudioError] = {}
-    fresh: list[tuple[str, os.stat_result]] = []
+    states: dict[str, FileState] = {}
+    fresh: list[str] = []
     for path in paths:
         try:
-            stat = _stat(path)
+            state = states[path] = _state(path)
         except AudioError as error:
             found[path] = error
             continue
-        known = memo.get(path, stat)
+        known = memo.get(path, state)
         if known is None:
-            fresh.append((path, stat))
+            fresh.append(path)
         else:
             found[path] = known
 
-    def learn(item: tuple[str, os.stat_result]) -> Recording | AudioError:
+    def learn(path: str) -> Recording | AudioError:
         try:
-            return _read_recording(*item)
+            return _read_recording(path)
         except AudioError as error:
             return error
         except OSError as error:
-            return AudioError(f"{item[0]}: cannot be read ({error.strerror or error}).")
+            return AudioError(f"{path}: cannot be read ({error.strerror or error}).")
         except MissingDependencyError:
             raise
         except Exception as error:  # decoders raise what they like at damaged files
-            return AudioError(f"{item[0]}: cannot be read ({type(error).__name__}: {error}).")
+            return AudioError(f"{path}: cannot be read ({type(error).__name__}: {error}).")
 
     if fresh:
         with ThreadPoolExecutor(max_workers=workers) as pool:
-            for (path, stat), result in zip(fresh, pool.map(learn, fresh), strict=True):
+            for path, result in zip(fresh, pool.map(learn, fresh), strict=True):
                 found[path] = result
                 if isinstance(result, Recording):
-                    memo.put(path, stat, result)
+                    memo.put(path, states[path], result)
                 if progress is not None:
                     progress(1)
-    return found
+    return found, states
+
+
+def check_unchanged(source: Source, state: FileState, key: bytes) -> None:
+    """Refuse a recording that is not any more what its key was computed from.
+
+    Only the state is looked at where that did not change; else the file is hashed again.
+
+    Parameters
+    ----------
+    state : tuple
+        From ``Resolved.states``.
+    key : bytes
+        The source's audio key.
+
+    Raises
+    ------
+    AudioError
+        Its content changed, or it is gone.
+    """
+    path = str(source.path)
+    if _state(path) == state:
+        return
+    content = content_hash(path)
+    if audio_key(content, source.start_s, source.end_s, source.channel) != key:
+        raise AudioError(
+            f"{path}: changed while it was waiting to be extracted; nothing was stored of it. "
+            "Run the same command again."
+        )
 
 
 def resolve(
@@ -220,7 +257,9 @@ def resolve(
         memo = Memo(cache_root)
         paths = dict.fromkeys(str(s.path) for s in sources if s.path is not None)
         try:
-            recordings = read_recordings(paths, memo, workers=workers, progress=progress)
+            recordings, resolved.states = read_recordings(
+                paths, memo, workers=workers, progress=progress
+            )
         finally:  # an interruption keeps what was hashed
             memo.save()
         for source in sources:

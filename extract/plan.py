@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from mer.cache.errors import UtteranceError
 from mer.cache.store import Cache
 from mer.extract.contract import Extractor, Source
-from mer.extract.inputs import Failure, no_audio, no_text, resolve
+from mer.extract.inputs import Failure, FileState, check_unchanged, no_audio, no_text, resolve
 
 # Rough speech rate, so that transcripts can be measured in seconds like recordings.
 CHARACTERS_PER_SECOND = 15.0
@@ -88,6 +88,8 @@ class Plan:
         ``"audio"`` and ``"text"``: utterance id to key.
     durations_s : dict
         Utterance id to seconds.
+    states : dict
+        Path of a recording, as written, to the state of the file that its key was computed from.
     failures : Ledger
         Found while planning: unreadable recordings, missing transcripts.
     """
@@ -96,12 +98,17 @@ class Plan:
     features: list[FeaturePlan]
     keys: dict[str, dict[str, bytes]]
     durations_s: dict[str, float]
+    states: dict[str, FileState] = field(default_factory=dict)
     failures: Ledger = field(default_factory=Ledger)
 
     @property
     def hours(self) -> float:
         """Hours of readable sound."""
         return sum(self.durations_s.values()) / 3600
+
+    def check_unchanged(self, source: Source) -> None:
+        """Raise ``AudioError`` if a recording is not any more what its key was computed from."""
+        check_unchanged(source, self.states[str(source.path)], self.keys["audio"][source.id])
 
     def seconds(self, index: int, modality: str) -> float:
         """Return the size of source ``index`` in seconds (nominal ones for a transcript)."""
@@ -138,7 +145,7 @@ def plan(
         progress=progress,
     )
     keys = {"audio": resolved.audio_keys, "text": resolved.text_keys}
-    planned = Plan(sources, [], keys, resolved.durations_s)
+    planned = Plan(sources, [], keys, resolved.durations_s, resolved.states)
     for feature, extractor in features:
         if all(extractor.spec != other.extractor.spec for other in planned.features):
             planned.features.append(_plan_feature(planned, feature, extractor, cache))

@@ -238,7 +238,7 @@ def recordings(planned: Plan, resolved: Resolved, cache: Cache) -> dict[str, byt
     """
     paths = {u.id: str(u.path) for u in planned.utterances if u.id in resolved.audio_keys}
     memo = Memo(cache.root)
-    found = read_recordings(dict.fromkeys(paths.values()), memo)
+    found, _ = read_recordings(dict.fromkeys(paths.values()), memo)
     memo.save()
     return {
         name: recording.content
