@@ -1,52 +1,53 @@
-"""The embedding cache: stores of features, each a Zarr v3 group of immutable parts.
+"""One store: all that is kept of one extractor configuration, a Zarr v3 group of immutable parts.
 
 B keys of a request, T frames, D width, N distinct utterances of a store.
 
->>> cache = Cache.from_url("features")                         # doctest: +SKIP
->>> store = cache.open(extractor.spec, create=True)            # doctest: +SKIP
->>> with store.writer() as writer:                             # doctest: +SKIP
+>>> store = Cache.from_url("features").open(extractor.spec, create=True)    # doctest: +SKIP
+>>> with store.writer() as writer:                                          # doctest: +SKIP
 ...     writer.add(key, input_length=16000, arrays={"final": frames})
->>> data, lengths = store.batch([key], "final")                # doctest: +SKIP
+>>> data, lengths = store.batch([key], "final")                             # doctest: +SKIP
 
-The truth is the parts alone: there is no database, no lock and no index on disk. A store object
-works on the list of parts it saw last; ``refresh`` looks again, and a writer does so for its own
-store. Store objects may be used by several threads, survive ``fork`` and are pickled as their path.
+The truth is the parts alone: there is no database and no lock. A store object works on the list of
+parts it saw last; ``refresh`` looks again, and a writer does so for its own store. Store objects
+may be used by several threads, survive ``fork`` and are pickled as their path or URL.
 """
 
 from __future__ import annotations
 
-import logging
 import os
-import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import DTypeLike
 
-from mer.cache import layout
+from mer.cache import layout, snapshot
+from mer.cache.casting import copy_into
 from mer.cache.errors import (
     DamagedStoreError,
     MissingFeatureError,
     StoreError,
-    StoreFormatError,
     UsageError,
 )
-from mer.cache.identity import FINGERPRINT_IN_NAME, KEY_BYTES, fingerprint, store_name
-from mer.cache.index import KeyIndex, key_array
-from mer.cache.reader import PartReader, part_folders
+from mer.cache.identity import fingerprint
+from mer.cache.index import key_array
+from mer.cache.listing import Listing
+from mer.cache.place import LocalPlace, Place, place_at
+from mer.cache.reader import PartGoneError, PartReader
 from mer.cache.spec import FeatureSpec, OutputSpec
-from mer.cache.staging import publish, staged, write_file, writing
 from mer.cache.writer import PartWriter
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    import dask.array
+    import torch
+    import xarray
+
+_Result = TypeVar("_Result")
+_SAVE_AFTER = 32  # manifests read: from there on opening takes long enough to keep a snapshot
 
 _refreshing = threading.Lock()  # so that an older listing never replaces a newer one
 
@@ -59,9 +60,30 @@ def _forget_lock() -> None:
 if hasattr(os, "register_at_fork"):  # a thread that holds it does not exist in the child
     os.register_at_fork(after_in_child=_forget_lock)
 
-_STORE_NAME = re.compile(rf".+-[0-9a-f]{{{FINGERPRINT_IN_NAME}}}")
-_OUTPUT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
-_RESERVED = {layout.KEY, layout.INPUT_LENGTH, layout.METADATA}
+
+class Batch(NamedTuple):
+    """Utterances padded with zeros at the end.
+
+    Attributes
+    ----------
+    data : ndarray
+        (B, Tmax, D).
+    lengths : ndarray
+        (B,) int64, the real T.
+    """
+
+    data: np.ndarray
+    lengths: np.ndarray
+
+    def mask(self) -> np.ndarray:
+        """Return where frames are real, (B, Tmax) bool."""
+        return np.arange(self.data.shape[1]) < self.lengths[:, None]
+
+    def torch(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return both as tensors that share the memory."""
+        import torch
+
+        return torch.from_numpy(self.data), torch.from_numpy(self.lengths)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +117,8 @@ class StoreInfo:
     fingerprint : str or None
         32 hex digits; None where the store's own metadata cannot be read, as for ``identity``,
         ``created``, ``licence``.
+    source : dict or None
+        Where imported values come from.
     utterances, parts, bytes : int
         Distinct utterances, parts and bytes of the sound parts.
     outputs : dict of str to OutputInfo
@@ -109,6 +133,7 @@ class StoreInfo:
     identity: dict[str, Any] | None = None
     created: str | None = None
     licence: str | None = None
+    source: dict[str, Any] | None = None
     utterances: int = 0
     parts: int = 0
     bytes: int = 0
@@ -116,280 +141,88 @@ class StoreInfo:
     damage: tuple[str, ...] = ()
 
 
-class Cache:
-    """A folder of stores.
-
-    Parameters
-    ----------
-    root : Path
-        Need not exist; it is created with the first store.
-
-    Raises
-    ------
-    StoreFormatError
-        The path, or a folder above it, is a file.
-    """
-
-    def __init__(self, root: Path | str) -> None:
-        self.root = Path(root).expanduser().absolute()
-        for folder in (self.root, *self.root.parents):
-            if os.path.isdir(folder):
-                break
-            if os.path.exists(folder):
-                raise StoreFormatError(
-                    f"{folder} is a file; a cache is a folder. Choose another --cache."
-                )
-
-    def __repr__(self) -> str:
-        return f"Cache({str(self.root)!r})"
-
-    @classmethod
-    def from_url(cls, url: str | None = None) -> Cache:
-        """Return the cache at a path or ``file://`` URL.
-
-        ``None`` is ``$MER_CACHE``, else the platform's cache directory.
-
-        Raises
-        ------
-        UsageError
-            A URL of another kind.
-        StoreFormatError
-            The path is a file.
-        """
-        if url is None:
-            url = os.environ.get("MER_CACHE") or None
-        if url is None:
-            import platformdirs
-
-            return cls(Path(platformdirs.user_cache_dir("mer", appauthor=False)))
-        if not re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", url):
-            if not url.strip():
-                raise UsageError("The cache path is empty; expected a folder or file:// URL.")
-            return cls(Path(url))
-        parts = urlsplit(url)
-        if parts.scheme.lower() != "file" or parts.netloc not in ("", "localhost"):
-            raise UsageError(
-                f"Cache {url!r} is on {parts.scheme}://, which this release cannot read; "
-                "expected a folder or a file:/// URL."
-            )
-        return cls(Path(url2pathname(parts.path)))
-
-    def stores(self) -> list[Store]:
-        """Return all stores by name, unopened: ``info`` of a damaged one says what is wrong."""
-        try:
-            with os.scandir(self.root) as entries:
-                names = sorted(
-                    e.name for e in entries if _STORE_NAME.fullmatch(e.name) and e.is_dir()
-                )
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise StoreError(f"Cannot read {self.root}: {error.strerror}.") from error
-        return [Store(self.root / name) for name in names]
-
-    def open(self, spec: FeatureSpec, create: bool = False) -> Store | None:
-        """Return the store of a feature, its parts listed and their manifests verified.
-
-        Parameters
-        ----------
-        spec : FeatureSpec
-            The store is found by the fingerprint of its identity, whatever slug it was created
-            under.
-        create : bool, default=False
-            Make an empty store if there is none.
-
-        Returns
-        -------
-        Store or None
-            None if there is no store and ``create`` is false.
-
-        Raises
-        ------
-        DamagedStoreError, StoreFormatError
-            There is one that cannot be trusted, or read.
-        StorageFullError, StoreError
-            It cannot be created.
-        """
-        path = self._find(spec)
-        if path is None:
-            if not create:
-                return None
-            path = self.root / store_name(spec)
-            _create(path, spec)
-        store = Store(path)
-        _check_same(store, spec)
-        store.refresh()
-        return store
-
-    def _find(self, spec: FeatureSpec) -> Path | None:
-        path = self.root / store_name(spec)
-        if path.is_dir():
-            return path
-        ending = "-" + fingerprint(spec.identity)[:FINGERPRINT_IN_NAME]
-        try:
-            names = sorted(name for name in os.listdir(self.root) if name.endswith(ending))
-        except OSError:
-            return None
-        return self.root / names[0] if names else None
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _create(path: Path, spec: FeatureSpec) -> None:
-    """Make an empty store; someone else having made it at the same time is as good."""
-    names = [output.name for output in spec.outputs]
-    if not names or len(set(names)) != len(names):
-        raise ValueError(f"Outputs of {spec.slug!r} are {names}; expected distinct names.")
-    for output in spec.outputs:
-        _check_output(output)
-    mer = {
-        "format": layout.FORMAT_VERSION,
-        "slug": spec.slug,
-        "identity": spec.identity,
-        "fingerprint": fingerprint(spec.identity),
-        "outputs": [layout.output_to_json(output) for output in spec.outputs],
-        "licence": spec.licence,
-        "created": _now(),
-    }
-    with writing(path), staged(path) as folder:
-        (folder / layout.PARTS).mkdir(parents=True)
-        parts = layout.to_bytes(layout.group_document())
-        write_file(folder / layout.PARTS / layout.METADATA, [parts])
-        write_file(folder / layout.METADATA, [layout.to_bytes(layout.group_document(mer))])
-        publish(folder, path)
-
-
-def _check_output(output: OutputSpec) -> None:
-    if not _OUTPUT_NAME.fullmatch(output.name) or output.name in _RESERVED:
-        raise ValueError(f"{output.name!r} cannot be the name of an output.")
-    allowed = layout.CODE_DTYPES if output.kind == "codes" else layout.FLOAT_DTYPES
-    if output.dtype not in allowed:
-        raise ValueError(
-            f"Output {output.name!r} of kind {output.kind!r} has the type {output.dtype!r}, "
-            f"expected one of {', '.join(allowed)}."
-        )
-    if output.dim < 1:
-        raise ValueError(f"Output {output.name!r} has the width {output.dim}.")
-
-
-def _check_same(store: Store, spec: FeatureSpec) -> None:
-    """Refuse a store of another identity, or one whose extractor changed without saying so."""
-    if store.fingerprint != fingerprint(spec.identity):
-        raise StoreFormatError(f"{store.path} belongs to another feature: {store.spec.identity}.")
-    for ours, theirs in zip(spec.outputs, store.spec.outputs, strict=False):
-        if _shape(ours) != _shape(theirs):
-            raise StoreFormatError(
-                f"{store.path} holds {theirs}, the extractor now yields {ours}. "
-                "An extractor whose outputs change must raise its version."
-            )
-    if len(spec.outputs) != len(store.spec.outputs):
-        raise StoreFormatError(
-            f"{store.path} holds {len(store.spec.outputs)} outputs, the extractor now yields "
-            f"{len(spec.outputs)}. An extractor whose outputs change must raise its version."
-        )
-
-
-def _shape(output: OutputSpec) -> tuple[Any, ...]:
-    return output.name, output.dim, output.rate_hz, output.dtype, output.kind, output.num_codes
-
-
-class _Snapshot:
-    """The parts seen at one time and what follows from them; never changed, only replaced."""
-
-    def __init__(self, parts: Sequence[PartReader]) -> None:
-        self.parts = tuple(parts)
-        counts = [part.num_utterances for part in self.parts]
-        self.part_of_row = np.repeat(np.arange(len(counts)), counts)
-        self._first_row = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-        self._spans: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-
-    @cached_property
-    def index(self) -> KeyIndex:
-        keys = [part.keys() for part in self.parts]
-        return KeyIndex(np.concatenate([np.empty((0, KEY_BYTES), np.uint8), *keys]))
-
-    @cached_property
-    def input_length(self) -> np.ndarray:
-        lengths = [part.input_length() for part in self.parts]
-        return np.concatenate([np.empty(0, np.int64), *lengths])
-
-    def spans(self, output: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return for every row where its frames start in its part and how many they are."""
-        spans = self._spans.get(output)
-        if spans is None:
-            none = np.empty(0, np.int64)
-            offsets = [part.offsets(output) for part in self.parts]
-            starts = np.concatenate([none, *(o[:-1] for o in offsets)])
-            lengths = np.concatenate([none, *(np.diff(o) for o in offsets)])
-            spans = self._spans[output] = (starts, lengths)
-        return spans
-
-    def row_in_part(self, rows: np.ndarray) -> np.ndarray:
-        """Return rows counted within their part."""
-        return rows - self._first_row[self.part_of_row[rows]]
-
-
 class Store:
     """All that is stored of one extractor configuration.
 
     Parameters
     ----------
-    path : Path
-        Folder of the store. Nothing is read before it is needed.
+    at : Path, str or Place
+        Folder or URL of the store. Nothing is read before it is needed.
 
     Notes
     -----
+    Where an output is asked for, None is the only one there is, else ``"final"``.
+
     Any method may raise ``DamagedStoreError`` when it meets bytes that are not what was written,
     and ``StoreFormatError`` when the folder is of a newer format or no store.
     """
 
-    def __init__(self, path: Path | str) -> None:
-        self.path = Path(path).absolute()
-        self._seen: _Snapshot | None = None
+    def __init__(self, at: Path | str | Place) -> None:
+        self.place: Place
+        if isinstance(at, str):
+            self.place = place_at(at)
+        else:
+            self.place = LocalPlace(at) if isinstance(at, Path) else at
+        self._seen: Listing | None = None
+        self._signatures: dict[str, bytes] = {}
+        self._kept: snapshot.Snapshot | None = None
+        self._saved: frozenset[str] = frozenset()  # parts that the snapshot on disk knows
         self._stale = True
 
-    def __reduce__(self) -> tuple[type[Store], tuple[Path]]:
-        return Store, (self.path,)
+    def __reduce__(self) -> tuple[type[Store], tuple[str]]:
+        return Store, (self.place.url,)
 
     def __repr__(self) -> str:
-        return f"Store({str(self.path)!r})"
+        return f"Store({self.place.url!r})"
 
     @property
     def name(self) -> str:
         """Folder name: slug and 16 hex digits."""
-        return self.path.name
+        return self.place.name
+
+    @property
+    def url(self) -> str:
+        """Path or URL."""
+        return self.place.url
+
+    @property
+    def path(self) -> Path:
+        """Folder of the store; ``UsageError`` if it lies in an object store."""
+        if self.place.path is None:
+            raise UsageError(f"{self.url} is not a folder. Copy the store first: `mer cache cp`.")
+        return self.place.path
 
     @property
     def fingerprint(self) -> str:
         """32 hex digits of the identity."""
-        return str(self._attributes["fingerprint"])
+        return str(self.attributes["fingerprint"])
 
     @cached_property
     def spec(self) -> FeatureSpec:
         """What the store holds, as it was created."""
-        mer = self._attributes
+        mer = self.attributes
         return FeatureSpec(
             slug=mer["slug"],
             identity=mer["identity"],
             outputs=tuple(layout.output_from_json(fields) for fields in mer["outputs"]),
             licence=mer["licence"],
+            source=mer.get("source"),
         )
 
     @cached_property
-    def _attributes(self) -> dict[str, Any]:
-        metadata = self.path / layout.METADATA
+    def attributes(self) -> dict[str, Any]:
+        """The sealed attributes of the root (``FORMAT.md`` section 4)."""
+        metadata = f"{self.url}/{layout.METADATA}"
+        mer = layout.unseal(self.place.metadata(), metadata)
         try:
-            data = metadata.read_bytes()
-        except FileNotFoundError as error:
-            raise DamagedStoreError(f"{metadata} is missing: the store has no metadata.") from error
-        except OSError as error:
-            raise StoreError(f"Cannot read {metadata}: {error.strerror}.") from error
-        mer = layout.unseal(data, str(metadata))
-        if mer["fingerprint"] != fingerprint(mer["identity"]):
+            sound = mer["fingerprint"] == fingerprint(mer["identity"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise DamagedStoreError(f"{metadata} lacks what a store holds: {error!r}.") from error
+        if not sound:
             raise DamagedStoreError(f"{metadata} names another fingerprint than its identity has.")
         return mer
+
+    # -- which parts there are ---------------------------------------------------------------------
 
     def refresh(self) -> None:
         """Look again which parts there are; only new ones are read.
@@ -402,41 +235,66 @@ class Store:
         with _refreshing:
             self._stale = False  # before looking: what is committed meanwhile is found next time
             try:
-                known = {} if self._seen is None else {part.id: part for part in self._seen.parts}
-                parts: list[PartReader] = []
-                for folder in self._part_folders():
-                    part = known.get(folder.name) or self._read_part(folder)
-                    if part is not None:
-                        parts.append(part)
+                self._refresh()
             except BaseException:
                 self._stale = True
                 raise
-            if self._seen is None or [part.id for part in parts] != list(known):
-                self._seen = _Snapshot(parts)
 
-    def _part_folders(self) -> list[Path]:
-        parts = self.path / layout.PARTS
-        try:
-            return list(part_folders(parts))
-        except FileNotFoundError as error:
-            raise DamagedStoreError(
-                f"{parts} is missing: the store has no parts folder."
-            ) from error
-        except OSError as error:
-            raise StoreError(f"Cannot read {parts}: {error.strerror}.") from error
+    def _refresh(self) -> None:
+        names = self.place.part_names()
+        signed = self.place.signatures(names)
+        # A place without signatures never changes a part.
+        signatures = {
+            n: b"" if signed is None else signed[i].tobytes() for i, n in enumerate(names)
+        }
+        known = {} if self._seen is None else {part.id: part for part in self._seen.parts}
+        parts: dict[str, PartReader] = {
+            name: known[name]
+            for name in names
+            if name in known and self._signatures.get(name) == signatures[name]
+        }
+        if self._seen is not None and list(parts) == names == list(known):
+            return
+        if self._seen is None:
+            self._kept = self._read_snapshot()
+            self._saved = frozenset(() if self._kept is None else self._kept.parts)
+        kept, outputs, store = self._kept, self.spec.outputs, self.fingerprint
+        for name in names if kept is not None else ():
+            number = None if kept is None or name in parts else kept.number.get(name)
+            if kept is None or number is None:
+                continue
+            if kept.signatures[number].tobytes() == signatures[name]:
+                part = parts[name] = self.place.lazy_part(name, outputs, store)
+                part.preset(int(kept.utterances[number]), int(kept.num_bytes[number]))
+        fresh = [name for name in names if name not in parts]
+        read = self.place.read_parts(fresh, outputs, store) if fresh else []
+        for name, found in zip(fresh, read, strict=True):
+            if isinstance(found, DamagedStoreError):
+                raise found
+            if found is not None:
+                parts[name] = found
+        self._seen = Listing([parts[name] for name in names if name in parts], kept)
+        self._signatures = signatures
+        if len(parts.keys() - self._saved) >= _SAVE_AFTER and len(parts) == len(names):
+            self._save_snapshot(self._seen, signed)
 
-    def _read_part(self, folder: Path) -> PartReader | None:
-        try:
-            return PartReader(folder, self.spec.outputs)
-        except DamagedStoreError:
-            if not folder.exists():  # merged into another and removed since it was listed
-                return None
-            raise
-        except OSError as error:
-            raise StoreError(f"Cannot read {folder}: {error.strerror}.") from error
+    def _read_snapshot(self) -> snapshot.Snapshot | None:
+        path = self.place.index_path()
+        if path is None:
+            return None
+        return snapshot.read(path, self.fingerprint, [o.name for o in self.spec.outputs])
+
+    def _save_snapshot(self, seen: Listing, signed: np.ndarray | None) -> None:
+        path = self.place.index_path()
+        if path is None or signed is None:
+            return
+        columns = seen.columns(signed, [output.name for output in self.spec.outputs])
+        snapshot.write(path, self.fingerprint, columns)
+        self._saved = frozenset(part.id for part in seen.parts)
 
     @property
-    def _snapshot(self) -> _Snapshot:
+    def listing(self) -> Listing:
+        """The parts as last seen."""
         if self._stale or self._seen is None:
             self.refresh()
         assert self._seen is not None
@@ -445,25 +303,100 @@ class Store:
     def _mark_stale(self) -> None:
         self._stale = True
 
-    def __len__(self) -> int:
-        """Return N."""
-        return len(self._snapshot.index)
-
-    def __contains__(self, key: bytes) -> bool:
-        return bool(self.contains([key])[0])
-
-    def contains(self, keys: Sequence[bytes]) -> np.ndarray:
-        """Return which keys are stored, (B,) bool."""
-        return self._snapshot.index.find(key_array(keys)) >= 0
+    def _reading(self, read: Callable[[Listing], _Result]) -> _Result:
+        """Read; if a part has been merged into another meanwhile, look again and read there."""
+        try:
+            return read(self.listing)
+        except PartGoneError:
+            self.refresh()
+            return read(self.listing)
 
     def parts(self) -> tuple[PartInfo, ...]:
         """Return the parts in their order."""
         return tuple(
             PartInfo(id=part.id, utterances=part.num_utterances, bytes=part.num_bytes)
-            for part in self._snapshot.parts
+            for part in self.listing.parts
         )
 
-    def frames(self, key: bytes, output: str) -> np.ndarray:
+    def readers(self) -> tuple[PartReader, ...]:
+        """Return the readers of the parts, in their order."""
+        return self.listing.parts
+
+    # -- which utterances there are ----------------------------------------------------------------
+
+    def __len__(self) -> int:
+        """Return N."""
+        return len(self.listing.index)
+
+    def __contains__(self, key: bytes) -> bool:
+        return self._reading(lambda seen: seen.index).find_one(key) >= 0
+
+    def contains(self, keys: Sequence[bytes]) -> np.ndarray:
+        """Return which keys are stored, (B,) bool."""
+        return self._reading(lambda seen: seen.index).find(key_array(keys)) >= 0
+
+    def keys(self) -> list[bytes]:
+        """Return the N keys in the order in which they are stored."""
+        keys = self._reading(lambda seen: seen.keys[seen.rows])
+        data = keys.tobytes()
+        return [data[at : at + 16] for at in range(0, len(data), 16)]
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self.keys())
+
+    def num_frames(self, keys: Sequence[bytes], output: str | None = None) -> np.ndarray:
+        """Return T of each key, (B,) int64. Raises like ``frames``."""
+        name = self.output(output).name
+        return self._reading(lambda seen: seen.spans(name)[1][self._rows(seen, keys)])
+
+    def input_length(self, keys: Sequence[bytes]) -> np.ndarray:
+        """Return the prepared steps of each key, before padding to a minimum, (B,) int64."""
+        return self._reading(lambda seen: seen.input_length[self._rows(seen, keys)])
+
+    def rows(self, keys: Sequence[bytes]) -> np.ndarray:
+        """Return the rows of ``listing`` of each key, (B,) int64. Raises like ``frames``."""
+        return self._rows(self.listing, keys)
+
+    def _rows(self, seen: Listing, keys: Sequence[bytes]) -> np.ndarray:
+        rows = seen.index.find(key_array(keys))
+        missing = np.flatnonzero(rows < 0)
+        if len(missing):
+            raise self._missing(keys[missing[0]], len(missing), len(rows))
+        return rows
+
+    def _missing(self, first: bytes, missing: int, wanted: int) -> MissingFeatureError:
+        return MissingFeatureError(
+            f"{missing} of {wanted} utterances are not in {self.url} "
+            f"(the first has the key {bytes(first).hex()}). "
+            "Run `mer extract` for this feature and data set."
+        )
+
+    def output(self, name: str | None = None) -> OutputSpec:
+        """Return an output of the store.
+
+        Raises
+        ------
+        UnknownNameError
+            There is no such output.
+        UsageError
+            No name is given, there are several outputs and none is called ``"final"``.
+        """
+        outputs = {output.name: output for output in self.spec.outputs}
+        if name is not None:
+            return self.spec.output(name)
+        if len(outputs) == 1:
+            return self.spec.outputs[0]
+        if "final" in outputs:
+            return outputs["final"]
+        raise UsageError(f"{self.name} has the outputs {', '.join(outputs)}; name one.")
+
+    # -- what is stored of them --------------------------------------------------------------------
+
+    def __getitem__(self, key: bytes | tuple[bytes, str]) -> np.ndarray:
+        """Return ``frames(key)``, or of ``store[key, output]`` those of an output."""
+        return self.frames(*key) if isinstance(key, tuple) else self.frames(key)
+
+    def frames(self, key: bytes, output: str | None = None) -> np.ndarray:
         """Return a copy of an utterance's frames in the type they are stored in, (T, D).
 
         Raises
@@ -473,57 +406,71 @@ class Store:
         UnknownNameError
             There is no such output.
         """
-        self.spec.output(output)
-        seen = self._snapshot
-        row = int(self._rows(seen, [key])[0])
-        starts, lengths = seen.spans(output)
-        start = int(starts[row])
-        part = seen.parts[seen.part_of_row[row]]
-        return part.frames(output, start, start + int(lengths[row]))
+        name = self.output(output).name
 
-    def num_frames(self, keys: Sequence[bytes], output: str) -> np.ndarray:
-        """Return T of each key, (B,) int64. Raises like ``frames``."""
-        self.spec.output(output)
-        seen = self._snapshot
-        return seen.spans(output)[1][self._rows(seen, keys)]
+        def read(seen: Listing) -> np.ndarray:
+            row = seen.index.find_one(key)
+            if row < 0:
+                raise self._missing(key, 1, 1)
+            starts, lengths = seen.spans(name)
+            start = int(starts[row])
+            part = seen.parts[seen.part_of_row[row]]
+            stop = start + int(lengths[row])
+            if self.place.path is None:
+                self.place.prefetch([(part, name, start, stop)])
+            return part.frames(name, start, stop)
 
-    def input_length(self, keys: Sequence[bytes]) -> np.ndarray:
-        """Return the prepared steps of each key, before padding to a minimum, (B,) int64."""
-        seen = self._snapshot
-        return seen.input_length[self._rows(seen, keys)]
+        return self._reading(read)
 
-    def pooled(self, keys: Sequence[bytes], output: str) -> np.ndarray:
-        """Return mean and population standard deviation over each key's frames, (B, 2, D) float32.
+    def pooled(self, output: str | None = None, keys: Sequence[bytes] | None = None) -> np.ndarray:
+        """Return mean and population standard deviation over each utterance's frames.
 
-        NaN for an utterance without frames. Raises like ``frames``, and ``ValueError`` for an
-        output that is no sequence of vectors.
+        Parameters
+        ----------
+        output : str, optional
+            Which output, a sequence of vectors.
+        keys : sequence of bytes, optional
+            B keys; all of the store in the order of ``keys()`` if not given.
+
+        Returns
+        -------
+        ndarray
+            (B, 2, D) float32; NaN for an utterance without frames.
+
+        Raises
+        ------
+        ValueError
+            The output is no sequence of vectors. Else like ``frames``.
         """
-        spec = self.spec.output(output)
+        spec = self.output(output)
         if spec.kind != "frames":
-            raise ValueError(f"Output {output!r} is of kind {spec.kind!r}, which is not pooled.")
-        seen = self._snapshot
-        rows = self._rows(seen, keys)
-        out = np.empty((len(rows), 2, spec.dim), np.float32)
-        part_of, row_in = seen.part_of_row[rows], seen.row_in_part(rows)
-        for number in np.unique(part_of):
-            mine = part_of == number
-            out[mine] = seen.parts[number].pooled(output)[row_in[mine]]
-        return out
+            raise ValueError(f"Output {spec.name!r} is of kind {spec.kind!r}, which is not pooled.")
+
+        def read(seen: Listing) -> np.ndarray:
+            rows = seen.rows if keys is None else self._rows(seen, keys)
+            out = np.empty((len(rows), 2, spec.dim), np.float32)
+            part_of, row_in = seen.part_of_row[rows], seen.row_in_part(rows)
+            for number in np.unique(part_of):
+                mine = part_of == number
+                out[mine] = seen.parts[number].pooled(spec.name)[row_in[mine]]
+            return out
+
+        return self._reading(read)
 
     def batch(
         self,
         keys: Sequence[bytes],
-        output: str,
+        output: str | None = None,
         dtype: DTypeLike = "float32",
         out: np.ndarray | None = None,
-    ) -> tuple[np.ndarray, np.ndarray]:
+    ) -> Batch:
         """Return the frames of several utterances, padded with zeros at the end.
 
         Parameters
         ----------
         keys : sequence of bytes
             B keys, in the order of the result; one may occur more than once.
-        output : str
+        output : str, optional
             Which output.
         dtype : dtype, default="float32"
             Type of the result: floating point for frames, any that holds the codes for codes.
@@ -547,17 +494,30 @@ class Store:
         ValueError
             ``dtype`` cannot hold the values, or ``out`` does not fit.
         """
-        spec = self.spec.output(output)
-        seen = self._snapshot
+        spec = self.output(output)
+        kind = np.dtype(dtype)
+        return self._reading(lambda seen: self._batch(seen, keys, spec, kind, out))
+
+    def _batch(
+        self,
+        seen: Listing,
+        keys: Sequence[bytes],
+        spec: OutputSpec,
+        kind: np.dtype,
+        out: np.ndarray | None,
+    ) -> Batch:
+        output = spec.name
         rows = self._rows(seen, keys)
         starts, all_lengths = seen.spans(output)
         lengths = all_lengths[rows]
         shape = (len(rows), int(lengths.max(initial=0)), spec.dim)
-        kind = np.dtype(dtype)
-        data = np.zeros(shape, kind) if out is None else _shaped(out, shape, kind)
-        parts = seen.part_of_row[rows].tolist()
-        spans = zip(parts, starts[rows].tolist(), lengths.tolist(), strict=True)
-        for i, (number, start, length) in enumerate(spans):
+        data = np.empty(shape, kind) if out is None else _shaped(out, shape, kind)
+        numbers, begins = seen.part_of_row[rows].tolist(), starts[rows].tolist()
+        counts = lengths.tolist()
+        if self.place.path is None:
+            spans = zip(numbers, begins, counts, strict=True)
+            self.place.prefetch([(seen.parts[n], output, b, b + c) for n, b, c in spans])
+        for i, (number, start, length) in enumerate(zip(numbers, begins, counts, strict=True)):
             part = seen.parts[number]
             stored = part.dtype(output)
             if stored == kind or (stored.kind == "f" and kind.itemsize >= stored.itemsize):
@@ -565,28 +525,123 @@ class Store:
                 part.copy_frames(output, start, start + length, data[i, :length])
             else:
                 data[i, :length] = _narrow(part.frames(output, start, start + length), kind, output)
-            if out is not None:
-                data[i, length:] = 0
-        return data, lengths
+            data[i, length:] = 0
+        return Batch(data, lengths)
 
-    def _rows(self, seen: _Snapshot, keys: Sequence[bytes]) -> np.ndarray:
-        rows = seen.index.find(key_array(keys))
-        missing = np.flatnonzero(rows < 0)
-        if len(missing):
-            raise MissingFeatureError(
-                f"{len(missing)} of {len(rows)} utterances are not in {self.path} "
-                f"(the first has the key {bytes(keys[missing[0]]).hex()}). "
-                "Run `mer extract` for this feature and data set."
-            )
-        return rows
+    # -- many of them ------------------------------------------------------------------------------
+
+    def scan(
+        self,
+        output: str | None = None,
+        keys: Sequence[bytes] | None = None,
+        block_bytes: int = 16 << 20,
+    ) -> Iterator[tuple[bytes, np.ndarray]]:
+        """Yield every utterance once, in the order in which they are stored, read ahead in blocks.
+
+        Parameters
+        ----------
+        output : str, optional
+            Which output.
+        keys : sequence of bytes, optional
+            Only these (each once, whatever their order).
+        block_bytes : int, default=16 MiB
+            Read at a time; two blocks are in flight.
+
+        Yields
+        ------
+        key : bytes
+            Of the utterance.
+        frames : ndarray
+            (T, D) in the stored type.
+        """
+        from mer.cache.streaming import scan
+
+        return scan(self, self.output(output), keys, block_bytes)
+
+    def epoch(
+        self,
+        batch_size: int,
+        output: str | None = None,
+        keys: Sequence[bytes] | None = None,
+        *,
+        seed: int = 0,
+        dtype: DTypeLike = "float32",
+        block_bytes: int = 16 << 20,
+        buffer_blocks: int = 8,
+    ) -> Iterator[tuple[list[bytes], Batch]]:
+        """Yield every utterance once in random batches, reading large blocks ahead.
+
+        Blocks are visited in random order and utterances shuffled within ``buffer_blocks`` of them:
+        nearly as random as a full shuffle, and the only one that a cold disk or an object store
+        keeps up with.
+
+        Parameters
+        ----------
+        batch_size : int
+            B; the last batch may be smaller.
+        output : str, optional
+            Which output.
+        keys : sequence of bytes, optional
+            Only these, each once.
+        seed : int
+            Another order for another epoch.
+        dtype : dtype
+            As for ``batch``.
+        block_bytes : int, default=16 MiB
+            Stored bytes that are read together.
+        buffer_blocks : int, default=8
+            Blocks that are shuffled together and kept in memory.
+
+        Yields
+        ------
+        keys : list of bytes
+            B keys.
+        batch : Batch
+            Their frames.
+        """
+        from mer.cache.streaming import epoch
+
+        return epoch(
+            self,
+            self.output(output),
+            keys,
+            batch_size=batch_size,
+            seed=seed,
+            dtype=np.dtype(dtype),
+            block_bytes=block_bytes,
+            buffer_blocks=buffer_blocks,
+        )
+
+    def dask(self, output: str | None = None) -> dask.array.Array:
+        """Return all frames of an output behind each other, (F, D), one chunk a part.
+
+        Each utterance is in it once, in the order of ``keys()``.
+        """
+        from mer.cache.arrays import flat_frames
+
+        return flat_frames(self, self.output(output))
+
+    def xarray(self, output: str | None = None) -> xarray.DataArray:
+        """Return ``dask`` with names: dimensions frame and feature, and each frame's utterance.
+
+        Raises
+        ------
+        MissingDependencyError
+            xarray is not installed.
+        """
+        from mer.cache.arrays import labelled_frames
+
+        return labelled_frames(self, self.output(output))
+
+    # -- writing and telling -----------------------------------------------------------------------
 
     def writer(self, part_bytes: int = 64 << 20, part_seconds: float = 30.0) -> PartWriter:
         """Return a context manager that adds utterances; see ``PartWriter``."""
-        seen = self._snapshot
+        index = self._reading(lambda seen: seen.index)
         return PartWriter(
             self.path,
             self.spec,
-            known=lambda key: bool(seen.index.find(key_array([key]))[0] >= 0),
+            known=lambda key: index.find_one(key) >= 0,
             committed=self._mark_stale,
             part_bytes=part_bytes,
             part_seconds=part_seconds,
@@ -595,28 +650,31 @@ class Store:
     def info(self) -> StoreInfo:
         """Return what the store holds; damage is reported in the result, not raised."""
         try:
-            spec, mer = self.spec, self._attributes
+            spec, mer = self.spec, self.attributes
         except (StoreError, KeyError, TypeError) as error:
-            return StoreInfo(name=self.name, path=str(self.path), damage=(str(error),))
+            return StoreInfo(name=self.name, path=self.url, damage=(str(error),))
         parts: list[PartReader] = []
         damage: list[str] = []
         try:
-            folders = self._part_folders()
+            names = self.place.part_names()
         except StoreError as error:
-            folders, damage = [], [str(error)]
-        for folder in folders:
+            names, damage = [], [str(error)]
+        for part in self.place.read_parts(names, spec.outputs, self.fingerprint):
             try:
-                part = self._read_part(folder)
+                if isinstance(part, DamagedStoreError):
+                    raise part
                 if part is not None:
                     part.keys()
                     parts.append(part)
+            except PartGoneError:
+                continue
             except StoreError as error:
                 damage.append(str(error))
-        seen = _Snapshot(parts)
+        seen = Listing(parts)
         outputs = {}
         for output in spec.outputs:
             try:
-                frames = int(seen.spans(output.name)[1][seen.index.rows].sum())
+                frames = int(seen.spans(output.name)[1][seen.rows].sum())
             except StoreError as error:
                 damage.append(str(error))
                 frames = sum(part.num_frames(output.name) for part in parts)
@@ -629,11 +687,12 @@ class Store:
             )
         return StoreInfo(
             name=self.name,
-            path=str(self.path),
+            path=self.url,
             fingerprint=self.fingerprint,
             identity=dict(spec.identity),
             created=mer["created"],
             licence=spec.licence,
+            source=None if spec.source is None else dict(spec.source),
             utterances=len(seen.index),
             parts=len(parts),
             bytes=sum(part.num_bytes for part in parts),
@@ -664,10 +723,16 @@ def _check_castable(stored: np.dtype, wanted: np.dtype, output: str) -> None:
 def _narrow(frames: np.ndarray, dtype: np.dtype, output: str) -> np.ndarray:
     """Return frames in a type of less range, or refuse."""
     _check_castable(frames.dtype, dtype, output)
-    try:
-        with np.errstate(over="raise"):
-            return frames.astype(dtype)
-    except FloatingPointError as error:
-        raise ValueError(
-            f"Output {output!r} holds values beyond {dtype}; ask for float32."
-        ) from error
+    narrowed = np.empty(frames.shape, dtype)
+    copy_into(narrowed, frames)
+    if np.isinf(narrowed).any():  # stored values are finite
+        raise ValueError(f"Output {output!r} holds values beyond {dtype}; ask for float32.")
+    return narrowed
+
+
+def __getattr__(name: str) -> Any:  # TEMPORARY while callers move to mer.cache.home
+    if name == "Cache":
+        from mer.cache.home import Cache
+
+        return Cache
+    raise AttributeError(name)

@@ -410,7 +410,7 @@ def _feature_set(
 def _frames(wanted: Input, store: Store, keys: Sequence[bytes]) -> list[np.ndarray]:
     name = wanted.output.name
     if wanted.pool == "mean" and wanted.output.kind == "frames":
-        return list(store.pooled(keys, name)[:, :1])  # (B, 1, D)
+        return list(store.pooled(name, keys)[:, :1])  # (B, 1, D)
     if wanted.pool in (1, "mean"):
         return [store.frames(key, name) for key in keys]
     return [average(store.frames(key, name), wanted.pool) for key in keys]
@@ -420,7 +420,7 @@ def _vectors(output: OutputSpec, store: Store, keys: Sequence[bytes]) -> np.ndar
     """Return (N, D) float32: functionals as they are, frames as mean and standard deviation."""
     if output.kind == "pooled":
         return np.stack([store.frames(key, output.name)[0] for key in keys]).astype(np.float32)
-    pooled = store.pooled(keys, output.name)  # (N, 2, D)
+    pooled = store.pooled(output.name, keys)  # (N, 2, D)
     return pooled.reshape(len(keys), -1)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from mer.cache import store as store_module
+from mer.cache import home as home_module
 from mer.cache.identity import audio_key, fingerprint, normalise_text, store_name, text_key
 from mer.cache.spec import FeatureSpec, OutputSpec
 from mer.cache.store import Cache
@@ -75,7 +75,7 @@ def test_names_and_keys():
 
 
 def test_files_of_a_store(tmp_path, monkeypatch):
-    monkeypatch.setattr(store_module, "_now", lambda: "2025-01-01T00:00:00+00:00")
+    monkeypatch.setattr(home_module, "_now", lambda: "2025-01-01T00:00:00+00:00")
     store = Cache(tmp_path).open(SPEC, create=True)
     assert store is not None
     with store.writer() as writer:

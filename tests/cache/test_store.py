@@ -141,14 +141,14 @@ def test_codes_come_as_integers_but_never_wrap(filled):
 def test_pooled_is_mean_and_population_deviation_of_the_exact_frames(filled):
     store, content = filled
     keys = list(content)[::-1]
-    pooled = store.pooled(keys, "final")
+    pooled = store.pooled("final", keys)
     assert pooled.dtype == np.float32
     for row, key in zip(pooled, keys, strict=True):
         exact = content[key]["final"].astype(np.float64)
         np.testing.assert_allclose(row[0], exact.mean(0), rtol=1e-6, atol=1e-7)
         np.testing.assert_allclose(row[1], exact.std(0), rtol=1e-6, atol=1e-7)
     with pytest.raises(ValueError, match="'code' is of kind 'codes'"):
-        store.pooled(keys, "code")
+        store.pooled("code", keys)
 
 
 def test_an_utterance_without_frames_has_no_mean(store):
@@ -156,7 +156,7 @@ def test_an_utterance_without_frames_has_no_mean(store):
     with store.writer() as writer:
         writer.add(key, 0, arrays)
     assert store.frames(key, "final").shape == (0, 5)
-    assert np.isnan(store.pooled([key], "final")).all()
+    assert np.isnan(store.pooled("final", [key])).all()
 
 
 def test_keys_that_are_not_there_are_named(filled):
@@ -412,7 +412,7 @@ def test_cache_comes_from_path_url_or_environment(tmp_path, monkeypatch):
     assert tmp_path in Cache.from_url(None).root.parents
 
 
-@pytest.mark.parametrize("url", ["s3://bucket/cache", "https://x/y", "file://host/x"])
+@pytest.mark.parametrize("url", ["ftp://bucket/cache", "file://host/x"])
 def test_other_urls_are_refused(url):
     with pytest.raises(UsageError, match=f"Cache {url!r} is on .* expected a folder"):
         Cache.from_url(url)

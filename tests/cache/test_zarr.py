@@ -77,7 +77,7 @@ def test_attributes_and_side_arrays_are_readable(store):
     assert part.attrs["mer"]["utterances"] == 3
     keys = [row.tobytes() for row in part["key"][:]]
     np.testing.assert_array_equal(part["input_length"][:], store.input_length(keys))
-    np.testing.assert_array_equal(part["final/pooled"][:], store.pooled(keys, "final"))
+    np.testing.assert_array_equal(part["final/pooled"][:], store.pooled("final", keys))
     assert part["final/frames"].chunks == (512, 3)
     assert part["final/frames"].shards == (2560, 3)
     assert np.isnan(part["final/frames"].fill_value)
