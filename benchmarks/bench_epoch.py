@@ -21,8 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
+from mer.cache.home import Cache
 from mer.cache.spec import FeatureSpec, OutputSpec
-from mer.cache.store import Cache, Store
+from mer.cache.store import Store
 
 OUTPUT = "final"
 Epoch = Callable[[np.ndarray, str, np.ndarray | None], None]

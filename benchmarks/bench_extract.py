@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mer.cache.store import Cache
+from mer.cache.home import Cache
 from mer.extract.audio import decode
 from mer.extract.contract import Extractor, RaggedBatch
 from mer.extract.engine import BATCH_SECONDS, blocks, resolve_device, run

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from mer.cache.store import Cache
+from mer.cache.home import Cache
 from mer.extract.contract import Source
 from mer.extract.inputs import resolve
 from mer.extract.registry import create

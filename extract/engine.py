@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from mer.cache.errors import MissingDependencyError, UsageError
+from mer.cache.home import Cache
 from mer.cache.identity import normalise_text
-from mer.cache.store import Cache, Store
+from mer.cache.store import Store
 from mer.cache.writer import PartWriter
 from mer.extract.contract import Extractor, Source
 from mer.extract.inputs import Failure

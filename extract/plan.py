@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from mer.cache.errors import UtteranceError
-from mer.cache.store import Cache
+from mer.cache.home import Cache
 from mer.extract.contract import Extractor, Source
 from mer.extract.inputs import Failure, FileState, check_unchanged, no_audio, no_text, resolve
 

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mer.cache.errors import MissingFeatureError, RecipeError, UsageError
+from mer.cache.home import Cache
 from mer.cache.spec import OutputSpec
-from mer.cache.store import Cache, Store
+from mer.cache.store import Store
 from mer.extract.contract import Extractor
 from mer.extract.inputs import Memo, Recording, Resolved, read_recordings, resolve
 from mer.extract.registry import create
@@ -350,7 +351,7 @@ def _drop_or_refuse(
         for feature, ids in lacking.items()
     )
     text = (
-        f"The cache {cache.root} lacks features of {recipe.dataset.name!r}: {listed}. "
+        f"The cache {cache.url} lacks features of {recipe.dataset.name!r}: {listed}. "
         f"Run `{extract_command(recipe, lacking, cache)}`."
     )
     if known:
@@ -368,13 +369,13 @@ def extract_command(recipe: Recipe, features: Iterable[str], cache: Cache) -> st
     for feature in features:
         parts += ["-f", feature]
     if not _is_default(cache):
-        parts += ["--cache", str(cache.root)]
+        parts += ["--cache", cache.url]
     return shlex.join(parts)
 
 
 def _is_default(cache: Cache) -> bool:
     try:
-        return Cache.from_url(None).root == cache.root
+        return Cache.from_url(None).url == cache.url
     except UsageError:
         return False
 
@@ -411,15 +412,19 @@ def _frames(wanted: Input, store: Store, keys: Sequence[bytes]) -> list[np.ndarr
     name = wanted.output.name
     if wanted.pool == "mean" and wanted.output.kind == "frames":
         return list(store.pooled(name, keys)[:, :1])  # (B, 1, D)
-    if wanted.pool in (1, "mean"):
-        return [store.frames(key, name) for key in keys]
-    return [average(store.frames(key, name), wanted.pool) for key in keys]
+    whole = wanted.pool in (1, "mean")
+    frames = {
+        key: array if whole else average(array, wanted.pool)
+        for key, array in store.scan(name, keys)
+    }
+    return [frames[key] for key in keys]
 
 
 def _vectors(output: OutputSpec, store: Store, keys: Sequence[bytes]) -> np.ndarray:
     """Return (N, D) float32: functionals as they are, frames as mean and standard deviation."""
     if output.kind == "pooled":
-        return np.stack([store.frames(key, output.name)[0] for key in keys]).astype(np.float32)
+        vectors = {key: frames[0] for key, frames in store.scan(output.name, keys)}
+        return np.stack([vectors[key] for key in keys]).astype(np.float32)
     pooled = store.pooled(output.name, keys)  # (N, 2, D)
     return pooled.reshape(len(keys), -1)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mer.cache.store import Cache
+from mer.cache.home import Cache
 from mer.pipelines import corpora
 from mer.pipelines.extraction import Extraction, extract
 from mer.pipelines.recipe import Recipe, load_recipe

@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from mer.cache.errors import MerError, ProtocolError, RecipeError
+from mer.cache.home import Cache
 from mer.cache.identity import fingerprint
-from mer.cache.store import Cache
 from mer.pipelines import baselines, protocols, rundir
 from mer.pipelines import dataset as datasets
 from mer.pipelines.dataset import Dataset, Plan
@@ -301,7 +301,7 @@ def run_recipe(
             "leak": split.leak,
             "streams": {name: str(source) for name, source in planned.streams.items()},
             "stores": data.stores,
-            "cache": str(cache.root),
+            "cache": cache.url,
             "dropped": list(data.dropped),
             "notes": notes,
             "device": device,

@@ -10,7 +10,7 @@ from mer.extract.contract import Source
 from mer.extract.registry import create, parse_feature
 
 if TYPE_CHECKING:
-    from mer.cache.store import Cache
+    from mer.cache.home import Cache
     from mer.extract.engine import Progress, Report
     from mer.extract.plan import Plan
     from mer.pipelines.manifest import Manifest

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 from mer.cache.errors import CheckpointError, MissingDependencyError, UnknownNameError, UsageError
 from mer.cache.identity import canonical_json, fingerprint
-from mer.cache.store import Cache
+from mer.cache.home import Cache
 from mer.extract import audio, pitch, registry
 from mer.extract.contract import Extractor, Source
 from mer.extract.inputs import resolve

@@ -11,8 +11,9 @@ import pytest
 
 from mer.cache import layout
 from mer.cache.errors import DamagedStoreError, StoreError, StoreFormatError
+from mer.cache.home import Cache
 from mer.cache.spec import FeatureSpec, OutputSpec
-from mer.cache.store import Cache, Store
+from mer.cache.store import Store
 
 SPEC = FeatureSpec(
     slug="test",

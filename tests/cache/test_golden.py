@@ -16,9 +16,9 @@ import numpy as np
 import xxhash
 
 from mer.cache import home as home_module
+from mer.cache.home import Cache
 from mer.cache.identity import audio_key, fingerprint, normalise_text, store_name, text_key
 from mer.cache.spec import FeatureSpec, OutputSpec
-from mer.cache.store import Cache
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -19,7 +19,7 @@ from hypothesis.stateful import (
 )
 
 from mer.cache import layout, staging
-from mer.cache.store import Cache
+from mer.cache.home import Cache
 
 
 @pytest.fixture(autouse=True)

@@ -19,8 +19,9 @@ from mer.cache.errors import (
     UnknownNameError,
     UsageError,
 )
+from mer.cache.home import Cache
 from mer.cache.spec import FeatureSpec, OutputSpec
-from mer.cache.store import Cache, Store
+from mer.cache.store import Store
 
 SPEC = FeatureSpec(
     slug="test",

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mer.cache import layout, staging
+from mer.cache.home import Cache
 from mer.cache.spec import FeatureSpec, OutputSpec
-from mer.cache.store import Cache, Store
+from mer.cache.store import Store
 
 
 @pytest.fixture(autouse=True)

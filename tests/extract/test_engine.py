@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from toy import HOP, Toy, ToyText, expected, write_corpus
 
 from mer.cache.errors import StorageFullError
-from mer.cache.store import Cache
+from mer.cache.home import Cache
 from mer.extract import engine
 from mer.extract.contract import BatchPolicy, Source, WindowRule
 from mer.extract.engine import blocks, run, verify
@@ -290,7 +290,8 @@ KILLED = """
     from pathlib import Path
     sys.path.insert(0, {tests!r})
     from toy import Toy
-    from mer.cache.store import Cache, Store
+    from mer.cache.home import Cache
+    from mer.cache.store import Store
     from mer.extract.contract import BatchPolicy, Source
     from mer.extract.engine import run
     from mer.extract.plan import plan

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mer.cache.errors import MissingFeatureError, RecipeError, UnknownNameError
-from mer.cache.store import Cache
+from mer.cache.home import Cache
 from mer.pipelines import dataset as datasets
 from mer.pipelines.dataset import average
 from mer.pipelines.extraction import extract

@@ -17,7 +17,7 @@ from mer.cache.errors import (
     RecipeError,
     UsageError,
 )
-from mer.cache.store import Cache
+from mer.cache.home import Cache
 from mer.pipelines import experiment, figures, rundir
 from mer.pipelines.experiment import run_recipe, summarise
 from mer.pipelines.extraction import extract
