@@ -1,0 +1,226 @@
+"""SIGKILL at any moment costs time and nothing else.
+
+Commands are killed at random moments (seeded, spread over what the command takes) and just before
+calls that change the file system (which reaches every step of the protocol, however short). After
+each kill whoever reads the cache sees sound utterances only; after the last one the same command
+runs to its end, and its stores equal those of a run that nobody interrupted.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from victims import Victims
+
+from mer.cache.home import Cache
+
+RATE_HZ = 16_000
+FEATURE = "logmel:n_mels=20"
+KILLS = 32  # at random moments, per command
+AT_CALLS = 24  # before a call, per command
+
+Content = dict[str, dict[bytes, tuple[bytes, ...]]]
+
+
+def content_of(root: Path) -> Content:
+    """Return all that a cache holds: per store and key the stored bytes of everything."""
+    found: Content = {}
+    for store in Cache(root).stores():
+        info = store.info()
+        assert not info.damage, info.damage
+        keys = store.keys()
+        lengths = store.input_length(keys)
+        rows: dict[bytes, tuple[bytes, ...]] = {}
+        for key, length in zip(keys, lengths.tolist(), strict=True):
+            values = [str(length).encode()]
+            for output in store.spec.outputs:
+                frames = store.frames(key, output.name)
+                values += [str((frames.shape, frames.dtype)).encode(), frames.tobytes()]
+                if output.kind == "frames":
+                    values.append(store.pooled(output.name, [key]).tobytes())
+            rows[key] = tuple(values)
+        found[store.name] = rows
+    return found
+
+
+def stored_twice(root: Path) -> int:
+    """Return how many utterances of a cache are stored more than once."""
+    return sum(sum(p.utterances for p in s.parts()) - len(s.keys()) for s in Cache(root).stores())
+
+
+def leftovers(root: Path) -> list[str]:
+    """Return what unfinished work has left beside the stores."""
+    return sorted(p.name for p in root.glob("*.tmp/*"))
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A command, what it starts from, and what it makes.
+
+    Parameters
+    ----------
+    do : str
+        Name in `victims.COMMANDS`.
+    start : callable
+        Prepares a fresh cache folder.
+    arguments : dict
+        Of the command; ``cache`` is added.
+    grows : bool
+        Whether utterances are added; else the cache holds all of them at every moment.
+    """
+
+    do: str
+    start: Callable[[Path], None]
+    arguments: dict[str, object]
+    grows: bool = True
+
+
+@pytest.fixture(scope="module")
+def victims() -> Iterator[Victims]:
+    with Victims() as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = np.random.default_rng(0)
+    rows = ["id,path"]
+    for i in range(24):
+        samples = rng.uniform(-0.3, 0.3, 1_600 + 100 * i).astype(np.float32)
+        soundfile.write(folder / f"u{i}.wav", samples, RATE_HZ)
+        rows.append(f"u{i},u{i}.wav")
+    path = folder / "corpus.csv"
+    path.write_text("\n".join(rows) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(victims: Victims, manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache that nobody interrupted, of many small parts."""
+    root = tmp_path_factory.mktemp("finished") / "cache"
+    done = victims.run("extract", manifest=manifest, cache=root, feature=FEATURE)
+    assert done["status"] == 0
+    (store,) = Cache(root).stores()
+    assert len(store.parts()) > 4
+    return root
+
+
+@pytest.fixture(scope="module")
+def doubled(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The finished cache with half of its utterances stored a second time, in other parts."""
+    root = tmp_path_factory.mktemp("doubled") / "cache"
+    shutil.copytree(finished, root)
+    (store,) = Cache(root).stores()
+    (output,) = store.spec.outputs
+    writers = [Cache(root).stores()[0].writer() for _ in range(3)]
+    for number, writer in enumerate(writers):  # none of them sees what another has not committed
+        writer.__enter__()
+        writer._known = lambda key: False
+        for key in store.keys()[number * 4 : number * 4 + 8]:
+            frames = store.frames(key, output.name).astype(np.float32)
+            writer.add(key, int(store.input_length([key])[0]), {output.name: frames})
+    for writer in writers:
+        writer.__exit__(None, None, None)
+    assert stored_twice(root) == 24
+    return root
+
+
+@pytest.fixture(scope="module", params=["extract"])
+def scenario(
+    request: pytest.FixtureRequest, manifest: Path, finished: Path, doubled: Path
+) -> Scenario:
+    scenarios = {
+        "extract": Scenario(
+            "extract", lambda root: None, {"manifest": manifest, "feature": FEATURE}
+        ),
+    }
+    return scenarios[request.param]
+
+
+@pytest.fixture(scope="module")
+def reference(
+    scenario: Scenario, victims: Victims, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Content, float, int]:
+    """What an uninterrupted run makes, how long it takes and how many calls it has."""
+    root = tmp_path_factory.mktemp("reference") / "cache"
+    scenario.start(root)
+    done = victims.run(scenario.do, cache=root, **scenario.arguments)
+    assert done["status"] == 0
+    assert stored_twice(root) == 0
+    assert leftovers(root) == []
+    return content_of(root), done["seconds"], done["calls"]
+
+
+class Series:
+    """One cache that a command is killed at, again and again, and then finished."""
+
+    def __init__(
+        self, scenario: Scenario, victims: Victims, reference: Content, root: Path
+    ) -> None:
+        self.scenario, self.victims, self.reference, self.root = scenario, victims, reference, root
+        scenario.start(root)
+        self.seen = content_of(root)
+
+    def kill(self, **moment: float) -> bool:
+        """Run the command to be killed; tell whether it was, or finished before."""
+        scenario = self.scenario
+        done = self.victims.run(scenario.do, kill=moment, cache=self.root, **scenario.arguments)
+        assert done["status"] in (0, -9)
+        now = content_of(self.root)
+        for name, rows in now.items():
+            assert rows.items() <= self.reference[name].items(), "something else than was written"
+        for name, rows in self.seen.items():
+            assert rows.items() <= now[name].items(), "something is lost"
+        if not scenario.grows:
+            assert now == self.reference
+        self.seen = now
+        return done["status"] == -9
+
+    def finish(self) -> None:
+        """Run the command to its end and compare."""
+        done = self.victims.run(self.scenario.do, cache=self.root, **self.scenario.arguments)
+        assert done["status"] == 0
+        assert content_of(self.root) == self.reference
+        assert stored_twice(self.root) == 0
+        assert leftovers(self.root) == []
+
+
+def test_kills_at_random_moments_lose_nothing(
+    scenario: Scenario,
+    victims: Victims,
+    reference: tuple[Content, float, int],
+    tmp_path: Path,
+) -> None:
+    content, seconds, _ = reference
+    rng = np.random.default_rng(len(scenario.do))
+    killed = number = 0
+    while killed < KILLS:
+        series = Series(scenario, victims, content, tmp_path / f"{number}")
+        for fraction in rng.uniform(0, 1, 4):
+            killed += series.kill(after_s=fraction * seconds)
+        series.finish()
+        shutil.rmtree(series.root)
+        number += 1
+        assert number < KILLS, "most runs end before they are killed"
+
+
+def test_kills_before_calls_to_the_file_system_lose_nothing(
+    scenario: Scenario,
+    victims: Victims,
+    reference: tuple[Content, float, int],
+    tmp_path: Path,
+) -> None:
+    content, _, calls = reference
+    chosen = np.random.default_rng(1).permutation(calls)[:AT_CALLS] + 1
+    for number in sorted(chosen.tolist()):
+        series = Series(scenario, victims, content, tmp_path / f"{number}")
+        series.kill(call=number)
+        series.finish()
+        shutil.rmtree(series.root)
