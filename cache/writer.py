@@ -1,4 +1,4 @@
-"""Collecting utterances and writing them as immutable parts.
+"""Collecting utterances and writing them as immutable parts, the writing on a thread of its own.
 
 U utterances of a part, F frames, T frames of one utterance, D width.
 """
@@ -8,92 +8,157 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
-import google_crc32c
 import numpy as np
 
 from mer.cache import layout
 from mer.cache.errors import StoreError
 from mer.cache.identity import KEY_BYTES
-from mer.cache.spec import FeatureSpec, OutputSpec
+from mer.cache.intake import FLOAT16_MAX, Buffers, Column, Intake, peak_of
 from mer.cache.layout import FileRecord
-from mer.cache.staging import publish, staged, sweep, write_file, writing
+from mer.cache.part import PartFolder
+from mer.cache.place import Place
+from mer.cache.spec import FeatureSpec, OutputSpec
+from mer.cache.staging import writing
 
 logger = logging.getLogger(__name__)
 
-FLOAT16_MAX = 65504.0
-_BLOCK_BYTES = 4 << 20
 
-
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Utterance:
-    key: bytes
     input_length: int
-    arrays: dict[str, np.ndarray]  # float32 or the codes' type, (T, D)
-    pooled: dict[str, np.ndarray]  # (2, D) float32
+    stops: tuple[int, ...]  # per output: frames of the part up to and with this utterance
+    pooled: tuple[np.ndarray | None, ...]  # per output: (2, D) float32, if it is pooled
+    wide: Mapping[int, np.ndarray]  # by output: (T, D) float32 where float16 cannot hold it
+    num_bytes: int  # of the part up to and with this utterance
 
 
-@dataclass(slots=True)
-class _Pending:
-    """What was added and not committed yet."""
+class _Part:
+    """Utterances of one part. Adding to the dictionary is what adds one: no step can be halved."""
 
-    utterances: list[_Utterance] = field(default_factory=list)
-    peak: dict[str, float] = field(default_factory=dict)  # largest magnitude per float output
-    num_bytes: int = 0
-    since: float = 0.0
+    def __init__(self, outputs: Sequence[OutputSpec], buffers: Buffers) -> None:
+        self.columns = [Column(output, buffers) for output in outputs]
+        self.utterances: dict[bytes, _Utterance] = {}
+        self.since = 0.0
+        self._nothing = _Utterance(0, (0,) * len(outputs), (), {}, 0)
+
+    @property
+    def last(self) -> _Utterance:
+        """What was added last."""
+        return next(reversed(self.utterances.values()), self._nothing)
+
+    def release(self) -> None:
+        """Forget everything; the memory may be used by another part."""
+        self.utterances = {}
+        for column in self.columns:
+            column.release()
+
+
+class _Flight:
+    """A part on its way into the store, on a thread of its own.
+
+    The thread is no daemon: a process that ends without leaving the writer still finishes it.
+    """
+
+    def __init__(self, part: _Part, publish: Callable[[_Part], None]) -> None:
+        self.part = part
+        self.error: BaseException | None = None
+        self.landed = threading.Event()
+        self._publish = publish
+        self._taken = threading.Lock()
+
+    def start(self) -> None:
+        """Start once, however often it is called."""
+        if self._taken.locked():
+            return
+        try:
+            threading.Thread(target=self._run, name="mer-part").start()
+        except RuntimeError:  # no more threads to be had
+            self._run()
+
+    def _run(self) -> None:
+        if not self._taken.acquire(blocking=False):
+            return
+        try:
+            self._publish(self.part)
+        except BaseException as error:
+            self.error = error
+        finally:
+            self.landed.set()
 
 
 class PartWriter:
     """Adds utterances to a store; a context manager. Threads that share it wait for each other.
 
-    Leaving it commits what was added, on an exception and on Ctrl-C too. After an error of the file
-    system nothing more is accepted, and what was not committed is dropped.
+    A full part is written by a thread in the background while the next one fills, so memory is
+    bounded by two parts and the largest utterance. An error there is raised by the next call. After
+    an error of the file system nothing more is accepted, and what was not committed is dropped.
+
+    Leaving the context commits what was added, on an exception and on Ctrl-C too.
 
     Parameters
     ----------
-    path : Path
-        Folder of the store.
+    place : Place
+        Where the store lies.
     spec : FeatureSpec
         What it holds.
+    fingerprint : str
+        Its fingerprint, 32 hex digits.
     known : callable
-        Whether a key is in the store already.
+        Whether a key is in the store already: those are skipped.
     committed : callable
-        Called after each new part.
+        Called after each new part, by the thread that wrote it.
     part_bytes : int, default=64 MiB
-        A part is committed once its arrays take this many bytes …
+        A part is full once its arrays take this many bytes …
     part_seconds : float, default=30
         … or this long after its first utterance, as seen by the next ``add``.
+    content_ids : bool, default=False
+        Name parts by their bytes instead of by their keys, for parts that replace others.
     """
 
     def __init__(
         self,
-        path: Path,
+        place: Place,
         spec: FeatureSpec,
-        known: Callable[[bytes], bool],
-        committed: Callable[[], None],
+        fingerprint: str | None = None,  # TRANSITION
+        known: Callable[[bytes], bool] = lambda key: False,  # TRANSITION
+        committed: Callable[[], None] = lambda: None,  # TRANSITION
         part_bytes: int = 64 << 20,
         part_seconds: float = 30.0,
+        content_ids: bool = False,
     ) -> None:
-        self._path = path
+        if not hasattr(place, "publish"):  # TRANSITION until Store.writer passes a place
+            from mer.cache.place import LocalPlace
+
+            place = LocalPlace(place)  # type: ignore
+        if fingerprint is None:  # TRANSITION
+            from mer.cache.identity import fingerprint as of_identity
+
+            fingerprint = of_identity(spec.identity)
+        self._place = place
         self._spec = spec
+        self._fingerprint = fingerprint
         self._known = known
         self._committed = committed
         self._part_bytes = part_bytes
         self._part_seconds = part_seconds
-        self._added: set[bytes] = set()
-        self._pending = _Pending()
+        self._content_ids = content_ids
+        self._names = {output.name for output in spec.outputs}
+        self._buffers = Buffers(2 * part_bytes)
+        self._intake = Intake()
+        self._added: set[bytes] = set()  # in parts handed over
+        self._filling = self._new_part()
+        self._flight: _Flight | None = None
         self._failed = False
         # A second Ctrl-C may leave the context while another thread is still adding.
         self._lock = threading.RLock()
-        self._names = {output.name for output in spec.outputs}
 
     def __enter__(self) -> Self:
-        sweep(self._path)
+        self._place.sweep()
         return self
 
     def __exit__(
@@ -116,7 +181,8 @@ class PartWriter:
             Real steps of the prepared input, before any padding to a minimum length.
         arrays : mapping of str to ndarray
             Every output of the store: (T, D) floats, or integers within the range of the codes.
-            They are copied.
+            They are copied. float16 is taken as it is, wider floats are rounded to it; of values
+            beyond 65504 the part becomes float32.
 
         Raises
         ------
@@ -124,14 +190,66 @@ class PartWriter:
             An output is missing, unknown, of a wrong shape or type, out of range, NaN or infinite.
             Nothing is added.
         StorageFullError, StoreError
-            A part could not be written.
+            An earlier part could not be written.
         """
         with self._lock:
-            self._add(key, input_length, arrays)
+            self._add(key, input_length, arrays, {}, stored=False)
 
-    def _add(self, key: bytes, input_length: int, arrays: Mapping[str, np.ndarray]) -> None:
-        if self._failed:
-            raise StoreError(f"Writing to {self._path} failed before; open a new writer.")
+    def add_stored(
+        self,
+        key: bytes,
+        input_length: int,
+        arrays: Mapping[str, np.ndarray],
+        pooled: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
+        """Add one utterance as a store holds it; every bit is kept.
+
+        Parameters
+        ----------
+        key, input_length
+            As for ``add``.
+        arrays : mapping of str to ndarray
+            Every output: (T, D) in its declared type. float32 may be given for float16; the part
+            then becomes float32.
+        pooled : mapping of str to ndarray, optional
+            (2, D) float32 for outputs of kind ``frames``; computed where it is not given.
+
+        Raises
+        ------
+        ValueError, StorageFullError, StoreError
+            Like ``add``.
+        """
+        with self._lock:
+            self._add(key, input_length, arrays, pooled or {}, stored=True)
+
+    def commit(self) -> None:
+        """Make what was added visible; it is durable when this returns.
+
+        Raises
+        ------
+        StorageFullError
+            No space left; the unfinished part is removed, earlier ones are intact.
+        StoreError
+            Any other refusal of the file system, now or before.
+        """
+        with self._lock:
+            self._refuse_after_failure()
+            self._hand_over()
+            self._land()
+
+    def _add(
+        self,
+        key: bytes,
+        input_length: int,
+        arrays: Mapping[str, np.ndarray],
+        pooled: Mapping[str, np.ndarray],
+        *,
+        stored: bool,
+    ) -> None:
+        self._refuse_after_failure()
+        self._settle()
+        if self._flight is not None and self._flight.landed.is_set():
+            self._land()
         if len(key) != KEY_BYTES:
             raise ValueError(f"A key has {len(key)} bytes, expected {KEY_BYTES}.")
         if input_length < 0:
@@ -141,84 +259,138 @@ class PartWriter:
                 f"Outputs {sorted(arrays)} were given, "
                 f"{self._spec.slug!r} has {sorted(self._names)}."
             )
-        if key in self._added or self._known(key):
+        part = self._filling
+        if key in part.utterances or key in self._added or self._known(key):
             return
-        pending = self._pending
-        utterance = _Utterance(key, int(input_length), {}, {})
-        peaks: dict[str, float] = {}
-        for output in self._spec.outputs:
-            array = _checked(arrays[output.name], output)
-            utterance.arrays[output.name] = array
-            if output.dtype in layout.FLOAT_DTYPES:
-                peaks[output.name] = _peak(array, output)
-            if output.kind == "frames":
-                utterance.pooled[output.name] = pool(array)
-        if not pending.utterances:
-            pending.since = time.monotonic()
-        pending.utterances.append(utterance)
-        self._added.add(key)
-        for name, peak in peaks.items():
-            pending.peak[name] = max(peak, pending.peak.get(name, 0.0))
-        pending.num_bytes += _stored_bytes(utterance, self._spec)
-        waited = time.monotonic() - pending.since
-        if pending.num_bytes >= self._part_bytes or waited >= self._part_seconds:
-            self.commit()
+        if not part.utterances:
+            part.since = time.monotonic()
+        last = part.last
+        stops: list[int] = []
+        moments: list[np.ndarray | None] = []
+        wide: dict[int, np.ndarray] = {}
+        num_bytes = last.num_bytes
+        for i, (output, column, start) in enumerate(
+            zip(self._spec.outputs, part.columns, last.stops, strict=True)
+        ):
+            array = np.asarray(arrays[output.name])
+            _check_shape(array, output)
+            given = _given_pooled(pooled, output)
+            take = self._take_stored if stored else self._take
+            of_wide, of_pooled = take(array, column, start, given)
+            if of_wide is not None:
+                wide[i] = of_wide
+            moments.append(of_pooled)
+            stops.append(start + len(array))
+            item = 4 if of_wide is not None else column.dtype.itemsize
+            num_bytes += array.size * item + (0 if of_pooled is None else of_pooled.nbytes)
+        part.utterances[bytes(key)] = _Utterance(
+            int(input_length), tuple(stops), tuple(moments), wide, num_bytes
+        )
+        waited = time.monotonic() - part.since
+        if num_bytes >= self._part_bytes or waited >= self._part_seconds:
+            self._hand_over()
 
-    def commit(self) -> None:
-        """Make what was added visible as one part; nothing happens if there is none.
+    def _take(
+        self, array: np.ndarray, column: Column, start: int, pooled: np.ndarray | None
+    ) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Put frames into a column; return them in float32 if they need it, and pooled."""
+        output = column.output
+        if output.dtype in layout.FLOAT_DTYPES:
+            if array.dtype.kind != "f":
+                raise ValueError(
+                    f"Output {output.name!r} has the type {array.dtype}, expected floating point."
+                )
+            pool = output.kind == "frames" and pooled is None
+            wide, computed = self._intake.take(array, column, start, pool=pool)
+            return wide, computed if pool else pooled
+        _check_codes(array, output)
+        column.put(array, start)
+        return None, None
 
-        Raises
-        ------
-        StorageFullError
-            No space left; the unfinished part is removed, earlier ones are intact.
-        StoreError
-            Any other refusal of the file system.
-        """
-        with self._lock:
-            self._commit()
+    def _take_stored(
+        self, array: np.ndarray, column: Column, start: int, pooled: np.ndarray | None
+    ) -> tuple[np.ndarray | None, np.ndarray | None]:
+        output = column.output
+        is_wide = array.dtype == np.float32 and output.dtype == "float16"
+        if array.dtype != np.dtype(output.dtype) and not is_wide:
+            raise ValueError(
+                f"Output {output.name!r} has the type {array.dtype}, expected {output.dtype}."
+            )
+        wide, pooled = self._take(array, column, start, pooled)
+        if is_wide and wide is None:
+            wide = np.array(array, np.float32, order="C")
+        return wide, pooled
 
-    def _commit(self) -> None:
-        pending = self._pending
-        if not pending.utterances:
+    def _refuse_after_failure(self) -> None:
+        if self._failed:
+            raise StoreError(f"Writing to {self._place.url} failed before; open a new writer.")
+
+    def _new_part(self) -> _Part:
+        return _Part(self._spec.outputs, self._buffers)
+
+    def _hand_over(self) -> None:
+        """Give the filled part to the background, once the one before has landed."""
+        self._land()
+        if self._filling.utterances:
+            self._flight = _Flight(self._filling, self._publish)
+            self._settle()
+
+    def _settle(self) -> None:
+        """Finish handing over; Ctrl-C may have come between any two steps of it."""
+        flight = self._flight
+        if flight is None:
             return
-        try:
-            with writing(self._path), staged(self._path) as folder:
-                _write_part(folder, self._spec, pending, self._path.name)
-                name = layout.part_id(u.key for u in pending.utterances)
-                if not publish(folder, self._path / layout.PARTS / name):
-                    logger.info("Part %s of %s exists already.", name, self._path.name)
-        except Exception:
+        if flight.part is self._filling:
+            self._added.update(flight.part.utterances)
+            self._filling = self._new_part()
+        flight.start()
+
+    def _land(self) -> None:
+        """Wait for the part in the background, if any, and raise its error."""
+        self._settle()
+        flight = self._flight
+        if flight is None:
+            return
+        flight.landed.wait()
+        if flight.error is not None:
             self._failed = True
-            self._pending = _Pending()
-            raise
-        # On Ctrl-C the utterances stay pending and are committed on the way out.
-        self._pending = _Pending()
+            self._filling = self._new_part()
+        self._flight = None
+        if flight.error is not None:
+            raise flight.error
+
+    def _publish(self, part: _Part) -> None:
+        with writing(self._place.url), self._place.staging() as folder:
+            files = PartFolder(folder)
+            outputs = {
+                output.name: _write_output(files, output, i, part, self._place.name)
+                for i, output in enumerate(self._spec.outputs)
+            }
+            _write_rows(files, part)
+            name = files.manifest(
+                self._fingerprint, len(part.utterances), outputs, self._name(part)
+            )
+            if not self._place.publish(folder, name):
+                logger.info("Part %s of %s exists already.", name, self._place.name)
         self._committed()
+        part.release()
+
+    def _name(self, part: _Part) -> Callable[[Mapping[str, FileRecord]], str]:
+        if self._content_ids:
+            return layout.content_part_id
+        return lambda files: self._place.part_id(part.utterances, files)
 
 
-def pool(frames: np.ndarray) -> np.ndarray:
-    """Return mean and population standard deviation over T, (2, D) float32; NaN if T = 0."""
-    if not len(frames):
-        return np.full((2, frames.shape[1]), np.nan, np.float32)
-    precise = frames.astype(np.float64)
-    mean = precise.mean(axis=0)
-    precise -= mean
-    std = np.sqrt(np.einsum("td,td->d", precise, precise) / len(frames))
-    return np.stack([mean, std]).astype(np.float32)
-
-
-def _checked(array: np.ndarray, output: OutputSpec) -> np.ndarray:
-    """Return a contiguous copy in float32 or in the codes' type."""
-    array = np.asarray(array)
+def _check_shape(array: np.ndarray, output: OutputSpec) -> None:
     where = f"Output {output.name!r}"
     if array.ndim != 2 or array.shape[1] != output.dim:
         raise ValueError(f"{where} has the shape {array.shape}, expected (T, {output.dim}).")
     if output.kind == "pooled" and len(array) != 1:
         raise ValueError(f"{where} has {len(array)} rows; a pooled output has one.")
-    if output.dtype in layout.FLOAT_DTYPES:
-        if array.dtype.kind != "f":
-            raise ValueError(f"{where} has the type {array.dtype}, expected floating point.")
-        return np.array(array, np.float32, order="C")
+
+
+def _check_codes(array: np.ndarray, output: OutputSpec) -> None:
+    where = f"Output {output.name!r}"
     if array.dtype.kind not in "iu":
         raise ValueError(f"{where} has the type {array.dtype}, expected integers.")
     limit = int(np.iinfo(output.dtype).max)
@@ -228,168 +400,61 @@ def _checked(array: np.ndarray, output: OutputSpec) -> np.ndarray:
         raise ValueError(
             f"{where} holds codes from {array.min()} to {array.max()}, expected 0 to {limit}."
         )
-    return np.array(array, output.dtype, order="C")
 
 
-def _peak(array: np.ndarray, output: OutputSpec) -> float:
-    if not array.size:
-        return 0.0
-    peak = max(float(array.max()), -float(array.min()))
-    if not np.isfinite(peak):
-        raise ValueError(f"Output {output.name!r} holds NaN or an infinity.")
-    return peak
+def _given_pooled(pooled: Mapping[str, np.ndarray], output: OutputSpec) -> np.ndarray | None:
+    if output.kind != "frames" or output.name not in pooled:
+        return None
+    values = np.array(pooled[output.name], order="C")
+    if values.shape != (2, output.dim) or values.dtype != np.float32:
+        raise ValueError(
+            f"Pooled values of output {output.name!r} are {values.dtype} of shape {values.shape}, "
+            f"expected float32 of (2, {output.dim})."
+        )
+    return values
 
 
-def _stored_bytes(utterance: _Utterance, spec: FeatureSpec) -> int:
-    frames = sum(utterance.arrays[o.name].size * np.dtype(o.dtype).itemsize for o in spec.outputs)
-    return frames + sum(pooled.nbytes for pooled in utterance.pooled.values())
+def _write_rows(files: PartFolder, part: _Part) -> None:
+    keys = np.frombuffer(b"".join(part.utterances), np.uint8)
+    files.array(layout.KEY, keys.reshape(-1, KEY_BYTES), "uint8")
+    lengths = np.array([u.input_length for u in part.utterances.values()], np.int64)
+    files.array(layout.INPUT_LENGTH, lengths, "int64")
 
 
-def _write_part(folder: Path, spec: FeatureSpec, pending: _Pending, store: str) -> None:
-    """Write all files of a part, its manifest last."""
-    utterances = pending.utterances
-    part = _Files(folder)
-    keys = np.frombuffer(b"".join(u.key for u in utterances), np.uint8)
-    part.array(layout.KEY, keys.reshape(-1, KEY_BYTES), "uint8")
-    lengths = np.array([u.input_length for u in utterances], np.int64)
-    part.array(layout.INPUT_LENGTH, lengths, "int64")
-    outputs: dict[str, Any] = {}
-    for output in spec.outputs:
-        name = output.name
-        dtype = output.dtype
-        if dtype == "float16" and pending.peak[name] > FLOAT16_MAX:
-            dtype = "float32"
+def _write_output(
+    files: PartFolder, output: OutputSpec, number: int, part: _Part, store: str
+) -> dict[str, Any]:
+    """Write the arrays of one output and return what the manifest says of it."""
+    column, utterances = part.columns[number], list(part.utterances.values())
+    stops = [u.stops[number] for u in utterances]
+    num_frames = stops[-1]
+    rows = max(1, min(column.rows, num_frames))
+    dtype, chunks = output.dtype, column.chunks(num_frames)
+    wide = [
+        (start, u.wide[number])
+        for start, u in zip([0, *stops], utterances, strict=False)
+        if number in u.wide
+    ]
+    if wide:
+        dtype, chunks = "float32", column.wide_chunks(num_frames, wide)
+        peak = max(peak_of(frames, output) for _, frames in wide)
+        if peak > FLOAT16_MAX:
             logger.warning(
                 "Output %r of %s reaches %.4g, beyond float16; this part holds it as float32.",
-                name,
+                output.name,
                 store,
-                pending.peak[name],
+                peak,
             )
-        arrays = [u.arrays[name] for u in utterances]
-        offsets = np.zeros(len(arrays) + 1, np.int64)
-        np.cumsum([len(a) for a in arrays], out=offsets[1:])
-        num_frames = int(offsets[-1])
-        rows = layout.chunk_rows(num_frames)
-        part.group(name)
-        part.frames(f"{name}/{layout.FRAMES}", arrays, (num_frames, output.dim), dtype, rows)
-        part.array(f"{name}/{layout.OFFSETS}", offsets, "int64")
-        if output.kind == "frames":
-            pooled = np.stack([u.pooled[name] for u in utterances])
-            part.array(f"{name}/{layout.POOLED}", pooled, "float32")
-        outputs[name] = {"frames": num_frames, "dtype": dtype, "chunk_frames": rows}
-    part.manifest(len(utterances), outputs)
-
-
-class _Files:
-    """Writes the files of one part and remembers their sizes and checksums."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._records: dict[str, FileRecord] = {}
-        folder.mkdir()
-
-    def group(self, name: str) -> None:
-        """Write an empty group."""
-        (self._folder / name).mkdir()
-        self._write(f"{name}/{layout.METADATA}", [layout.to_bytes(layout.group_document())])
-
-    def array(self, name: str, values: np.ndarray, dtype: str) -> None:
-        """Write an array as one chunk followed by its crc32c."""
-        data = np.ascontiguousarray(values, layout.little(dtype)).tobytes()
-        self._array(
-            name, layout.array_document(values.shape, dtype), values.ndim, [data, _crc(data)]
-        )
-
-    def frames(
-        self,
-        name: str,
-        arrays: Sequence[np.ndarray],
-        shape: tuple[int, int],
-        dtype: str,
-        rows: int,
-    ) -> None:
-        """Write (T, D) arrays behind each other as one shard."""
-        blocks = None
-        if shape[0]:
-            blocks = _shard_blocks(arrays, shape, layout.little(dtype), rows)
-        self._array(name, layout.frames_document(*shape, dtype, rows), 2, blocks)
-
-    def _array(self, name: str, document: dict[str, Any], ndim: int, blocks: Any | None) -> None:
-        if blocks is None:
-            (self._folder / name).mkdir()
-        else:
-            file = f"{name}/{layout.chunk_file(ndim)}"
-            (self._folder / file).parent.mkdir(parents=True)
-            self._write(file, blocks)
-        self._write(f"{name}/{layout.METADATA}", [layout.to_bytes(document)])
-
-    def manifest(self, num_utterances: int, outputs: Mapping[str, Any]) -> None:
-        """Write the part's own group with the manifest of everything written so far."""
-        files = {
-            name: {"bytes": record.bytes, "xxh3": record.xxh3}
-            for name, record in sorted(self._records.items())
-        }
-        mer = {
-            "format": layout.FORMAT_VERSION,
-            "utterances": num_utterances,
-            "outputs": outputs,
-            "files": files,
-        }
-        self._write(layout.METADATA, [layout.to_bytes(layout.group_document(mer))])
-
-    def _write(self, name: str, blocks: Any) -> None:
-        self._records[name] = write_file(self._folder / name, blocks)
-
-
-def _shard_blocks(
-    arrays: Sequence[np.ndarray], shape: tuple[int, int], dtype: np.dtype, rows: int
-) -> Iterator[np.ndarray | bytes]:
-    """Yield the bytes of a shard: chunks of ``rows`` frames with their crc32c, then the index."""
-    num_frames, dim = shape
-    num_chunks = -(-num_frames // rows)
-    data_bytes = rows * dim * dtype.itemsize
-    chunk_bytes = data_bytes + layout.CRC_BYTES
-    step = max(1, _BLOCK_BYTES // chunk_bytes)
-    slices = _slices(arrays, step * rows)
-    for first in range(0, num_chunks, step):
-        count = min(step, num_chunks - first)
-        frames = np.empty((count * rows, dim), dtype)
-        filled = 0
-        for piece in next(slices):
-            frames[filled : filled + len(piece)] = piece
-            filled += len(piece)
-        frames[filled:] = np.nan if dtype.kind == "f" else 0
-        block = np.empty((count, chunk_bytes), np.uint8)
-        block[:, :data_bytes] = frames.view(np.uint8).reshape(count, data_bytes)
-        block.flags.writeable = False
-        sums = [google_crc32c.value(chunk[:data_bytes]) for chunk in block]
-        block.flags.writeable = True
-        block[:, data_bytes:] = np.array(sums, "<u4")[:, None].view(np.uint8)
-        yield block
-    index = np.empty((num_chunks, 2), "<u8")
-    index[:, 0] = np.arange(num_chunks, dtype=np.uint64) * np.uint64(chunk_bytes)
-    index[:, 1] = chunk_bytes
-    yield index.tobytes()
-    yield _crc(index.tobytes())
-
-
-def _slices(arrays: Sequence[np.ndarray], size: int) -> Iterator[list[np.ndarray]]:
-    """Yield lists of slices that are ``size`` rows long together, the last list shorter."""
-    pieces: list[np.ndarray] = []
-    missing = size
-    for array in arrays:
-        start = 0
-        while start < len(array):
-            piece = array[start : start + missing]
-            pieces.append(piece)
-            start += len(piece)
-            missing -= len(piece)
-            if not missing:
-                yield pieces
-                pieces, missing = [], size
-    if pieces:
-        yield pieces
-
-
-def _crc(data: bytes) -> bytes:
-    return int(google_crc32c.value(data)).to_bytes(layout.CRC_BYTES, "little")
+    name, shape = output.name, (num_frames, output.dim)
+    files.group(name)
+    crcs = files.shard(f"{name}/{layout.FRAMES}", shape, dtype, rows, chunks)
+    files.array(f"{name}/{layout.OFFSETS}", np.array([0, *stops]), "int64")
+    if output.kind == "frames":
+        pooled = [u.pooled[number] for u in utterances]
+        files.array(f"{name}/{layout.POOLED}", np.stack(cast(Any, pooled)), "float32")
+    return {
+        "frames": num_frames,
+        "dtype": dtype,
+        "chunk_frames": rows,
+        "crc32c": layout.crc_text(crcs),
+    }
