@@ -1,0 +1,914 @@
+"""Stores in object stores (``s3://``, ``gs://``) and, only to be read, behind web servers.
+
+A part is visible once its manifest is there, and its manifest is written last. What is read comes
+in inner chunks, each verified before anyone sees it. Chunks lie in memory, in the local copy
+(``localcopy.py``) or on the server, in that order; what is missing of a whole batch or epoch is
+fetched together, in few and large requests at the same time.
+
+k inner chunks make a *block*, the unit of the local copy: about 4 MiB, aligned in its shard.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import threading
+import time
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from mer.cache import layout
+from mer.cache.errors import DamagedStoreError, StoreError, UsageError
+from mer.cache.layout import FileRecord
+from mer.cache.localcopy import INDEX_FOLDER, local_copy, local_folder
+from mer.cache.objects import Bucket, Listed, Span, gather
+from mer.cache.place import is_store_name
+from mer.cache.reader import PartGoneError, PartReader, ShardLayout, is_part_name
+from mer.cache.spec import OutputSpec
+from mer.cache.staging import ABANDONED_S, staged, sweep
+
+logger = logging.getLogger(__name__)
+
+MEMORY_BYTES = 512 << 20  # of chunks and small files, per process
+BLOCK_BYTES = 4 << 20
+PARTS_SUFFIX = ".parts.json"  # beside a store: its parts, for readers that cannot list
+_WINDOW_BYTES = MEMORY_BYTES // 2  # fetched at once, so that it is read before it is dropped
+_SMALL_WINDOW_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class _Shard:
+    """A shard as a key of memory: no two stores, parts or versions of a part share one."""
+
+    store: str  # URL
+    part: str
+    file: str
+    manifest: str  # checksum
+
+
+class _Block:
+    """k consecutive chunks of a shard, some or all of them there."""
+
+    __slots__ = ("data", "present")
+
+    def __init__(self, num_chunks: int, chunk_bytes: int) -> None:
+        self.data = np.empty((num_chunks, chunk_bytes), np.uint8)
+        self.present = bytearray(num_chunks)
+
+
+class _Memory:
+    """Verified chunks and small files of all stores, the least recently used dropped first."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.bytes = 0
+        self._entries: OrderedDict[Any, tuple[Any, int]] = OrderedDict()
+        self.pending: dict[Any, threading.Event] = {}
+        self.lock = threading.RLock()
+
+    def get(self, key: Any) -> Any | None:
+        with self.lock:
+            entry = self._entries.get(key)
+            if entry is None:
+                return None
+            self._entries.move_to_end(key)
+            return entry[0]
+
+    def put(self, key: Any, value: Any, num_bytes: int) -> None:
+        """Keep a value, or note how large it has become."""
+        with self.lock:
+            self.bytes += num_bytes - self._entries.pop(key, (None, 0))[1]
+            self._entries[key] = value, num_bytes
+            while self.bytes > self.limit and len(self._entries) > 1:
+                _, (_, freed) = self._entries.popitem(last=False)
+                self.bytes -= freed
+
+    def clear(self) -> None:
+        with self.lock:
+            self._entries.clear()
+            self.bytes = 0
+
+    def after_fork(self) -> None:
+        """Drop what a thread that was left behind holds or was about to bring."""
+        self.lock = threading.RLock()
+        self.pending = {}
+        self._entries = OrderedDict()  # may be half changed
+        self.bytes = 0
+
+
+memory = _Memory(MEMORY_BYTES)
+_local = threading.local()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=memory.after_fork)
+
+
+class ObjectFiles:
+    """The files of one part, as objects.
+
+    Parameters
+    ----------
+    place : ObjectPlace
+        The store.
+    part : str
+        Its id.
+    """
+
+    def __init__(self, place: ObjectPlace, part: str) -> None:
+        self.place, self.part = place, part
+        self.where = f"{place.url}/{layout.PARTS}/{part}"
+        self.records: Mapping[str, FileRecord] = {}
+        self.manifest_sum = ""
+
+    def name(self, file: str) -> str:
+        """Return the name of the object of a file, below the store."""
+        return f"{layout.PARTS}/{self.part}/{file}"
+
+    def manifest(self) -> bytes:
+        """Return the part's ``zarr.json``; without it there is no part."""
+        signature = self.place.signature(self.part)
+        copy = None if signature is None else local_copy()
+        kept = _name("manifest", self.where, str(signature))
+        data = None
+        if copy is not None and signature is not None:
+            found = copy.get(kept, signature[0])
+            data = None if found is None else found.data.tobytes()
+            if data is not None and not _is_sealed(data):
+                copy.drop(kept)
+                data = None
+        if data is None:
+            try:
+                data = self.place.bucket.get(self.name(layout.METADATA))
+            except FileNotFoundError as error:
+                raise PartGoneError(f"{self.where} is gone since the store was listed.") from error
+            if copy is not None and signature is not None and _is_sealed(data):
+                copy.put(kept, data)
+        self.manifest_sum = xxhash.xxh3_128_hexdigest(data)
+        return data
+
+    def check(self, files: Mapping[str, FileRecord]) -> None:
+        """Compare the size of every listed file with the listing of the store, if there is one."""
+        self.records = files
+        sizes = self.place.sizes(self.part)
+        if sizes is None or all(sizes.get(n) == r.bytes for n, r in files.items()):
+            return
+        # A listing takes several requests, between which the part may have come or gone.
+        sizes = self.place.sizes(self.part, anew=True) or {}
+        if layout.METADATA not in sizes:
+            raise PartGoneError(f"{self.where} is gone since the store was listed.")
+        for name, record in files.items():
+            size = sizes.get(name)
+            if size is None:
+                raise self._missing(name)
+            if size != record.bytes:
+                raise DamagedStoreError(
+                    f"{self.where}/{name} has {size} bytes, its manifest says {record.bytes}."
+                )
+
+    def small(self, file: str, num_bytes: int) -> np.ndarray:
+        """Return a whole file; those of the parts that follow are fetched with it."""
+        data = self._kept(file, num_bytes)
+        if data is None:
+            data = self.place.fetch_small(self, file)
+        if len(data) != num_bytes:
+            raise DamagedStoreError(
+                f"{self.where}/{file} has {len(data)} bytes, its manifest says {num_bytes}."
+            )
+        return data
+
+    def large(self, file: str, num_bytes: int) -> np.ndarray:
+        """Return a whole file."""
+        return self.small(file, num_bytes)
+
+    def _kept(self, file: str, num_bytes: int) -> np.ndarray | None:
+        """Return a file from memory or the local copy."""
+        record = self.records[file]
+        data = memory.get(record.xxh3)
+        if data is not None:
+            return data
+        copy = local_copy()
+        found = None if copy is None else copy.get(_small_name(record), num_bytes)
+        if found is None or copy is None:
+            return None
+        if not found.verified[0]:
+            if xxhash.xxh3_128_hexdigest(found.data.data) != record.xxh3:
+                logger.info("A file of the local copy is damaged; %s is fetched again.", file)
+                copy.drop(_small_name(record))
+                return None
+            found.verified[0] = 1
+        return found.data
+
+    def needs_small(self, file: str) -> bool:
+        """Whether a file would have to be fetched."""
+        record = self.records.get(file)
+        if record is None or memory.get(record.xxh3) is not None:
+            return False
+        copy = local_copy()
+        return copy is None or not copy.has(_small_name(record), record.bytes)
+
+    def bring_small(self, file: str) -> np.ndarray:
+        """Fetch a file and keep it."""
+        record = self.records[file]
+        for last in (False, True):  # a flip on the way is not on the server
+            try:
+                content = self.place.bucket.get(self.name(file))
+            except FileNotFoundError as error:
+                raise self._missing(file) from error
+            if xxhash.xxh3_128_hexdigest(content) == record.xxh3:
+                break
+            if last:
+                raise DamagedStoreError(f"{self.where}/{file} does not match its checksum.")
+        data = np.frombuffer(bytearray(content), np.uint8)
+        memory.put(record.xxh3, data, len(data))
+        copy = local_copy()
+        if copy is not None:
+            copy.put(_small_name(record), content)
+        return data
+
+    def chunks(self, shard: ShardLayout, first: int, last: int) -> np.ndarray:
+        """Return chunks from wherever they are nearest."""
+        size = _block_chunks(shard)
+        pieces = []
+        for block in range(first // size, last // size + 1):
+            begin = block * size
+            low, high = max(first, begin), min(last + 1, begin + size)
+            pieces.append(self._piece(shard, block, low - begin, high - begin))
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def _piece(self, shard: ShardLayout, block: int, low: int, high: int) -> np.ndarray:
+        data = self._near(shard, block, low, high)
+        if data is None:
+            if self.place.go_on(self, shard, block):
+                data = self._near(shard, block, low, high)
+            if data is None:
+                need = _Need(self, shard, block, low, high)
+                fetched = self.place.fetch([need], strict=True)
+                data = fetched[need.key].data[low:high]
+        return data
+
+    def _near(self, shard: ShardLayout, block: int, low: int, high: int) -> np.ndarray | None:
+        """Return chunks of a block if they are in memory or in the local copy."""
+        key = self.key(shard)
+        found: _Block | None = memory.get((key, block))
+        if found is not None and all(found.present[low:high]):
+            return found.data[low:high]
+        copy = local_copy()
+        if copy is None:
+            return None
+        begin, count = _block_bounds(shard, block)
+        name = _block_name(key, shard, block)
+        file = copy.get(name, count * shard.chunk_bytes, count)
+        if file is None:
+            return None
+        data = file.data.reshape(count, shard.chunk_bytes)
+        try:
+            for chunk in range(low, high):
+                if not file.verified[chunk]:
+                    shard.verify(data[chunk : chunk + 1], begin + chunk, name)
+                    file.verified[chunk] = 1
+        except DamagedStoreError:
+            logger.info("A block of the local copy is damaged; it is fetched again.")
+            copy.drop(name)
+            return None
+        return data[low:high]
+
+    def key(self, shard: ShardLayout) -> _Shard:
+        """Return what tells this shard from any other."""
+        return _Shard(self.place.url, self.part, shard.file, self.manifest_sum)
+
+    def _missing(self, file: str) -> DamagedStoreError:
+        if self.place.bucket.size(self.name(layout.METADATA)) is None:
+            return PartGoneError(f"{self.where} is gone since the store was listed.")
+        return DamagedStoreError(f"{self.where}/{file} is missing; its part's manifest lists it.")
+
+    def error(
+        self, shard: ShardLayout, cause: FileNotFoundError | DamagedStoreError
+    ) -> DamagedStoreError:
+        """Return the error of a shard that could not be read."""
+        return cause if isinstance(cause, DamagedStoreError) else self._missing(shard.file)
+
+
+@dataclass(slots=True)
+class _Need:
+    """Chunks ``low`` to ``high`` of a block."""
+
+    files: ObjectFiles
+    shard: ShardLayout
+    block: int
+    low: int
+    high: int
+
+    @property
+    def key(self) -> tuple[_Shard, int]:
+        return self.files.key(self.shard), self.block
+
+    @property
+    def num_bytes(self) -> int:
+        return (self.high - self.low) * self.shard.chunk_bytes
+
+
+class ObjectPlace:
+    """One store as objects.
+
+    It may be used by several threads and is pickled as its URL.
+
+    Parameters
+    ----------
+    url : str
+        ``s3://``, ``gs://``, ``http://`` or ``https://``, of the store itself.
+    """
+
+    path: Path | None = None
+
+    def __init__(self, url: str) -> None:
+        self.bucket = Bucket(url)
+        self.url = self.bucket.url
+        self.name = self.bucket.name
+        self._listing: dict[str, dict[str, Listed]] | None = None
+        self._open: weakref.WeakValueDictionary[str, ObjectFiles] = weakref.WeakValueDictionary()
+        self._total: int | None = None
+        self._lists_parts: bool | None = None
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type[ObjectPlace], tuple[str]]:
+        return ObjectPlace, (self.url,)
+
+    def __repr__(self) -> str:
+        return f"ObjectPlace({self.url!r})"
+
+    # -- the store as a whole ------------------------------------------------------------------
+
+    def metadata(self) -> bytes:
+        """Return the root's ``zarr.json``."""
+        try:
+            return self.bucket.get(layout.METADATA)
+        except FileNotFoundError as error:
+            raise DamagedStoreError(
+                f"{self.url}/{layout.METADATA} is missing: the store has no metadata."
+            ) from error
+
+    def has_metadata(self) -> bool:
+        """Whether the root's ``zarr.json`` is there."""
+        return self.bucket.size(layout.METADATA) is not None
+
+    def create(self, metadata: bytes) -> None:
+        """Put what is missing of the root; someone else having made it is as good."""
+        parts = layout.to_bytes(layout.group_document())
+        self.bucket.put(f"{layout.PARTS}/{layout.METADATA}", parts, create=True)
+        self.bucket.put(layout.METADATA, metadata, create=True)
+
+    def part_names(self) -> list[str]:
+        """Return the parts that have a manifest.
+
+        Raises
+        ------
+        UsageError
+            A web server without a list of the parts beside the store.
+        """
+        if self.bucket.is_web:
+            return self._published_parts()
+        listing: dict[str, dict[str, Listed]] = {}
+        total = 0
+        for listed in self.bucket.objects(layout.PARTS):
+            _, part, file = (*listed.name.split("/", 2), "", "")[:3]
+            if is_part_name(part) and file:
+                listing.setdefault(part, {})[file] = listed
+                total += listed.bytes
+        self._listing, self._total = listing, total
+        return sorted(part for part, files in listing.items() if layout.METADATA in files)
+
+    def _published_parts(self) -> list[str]:
+        file = self.url + PARTS_SUFFIX
+        try:
+            document = json.loads(self.bucket.parent().get(self.name + PARTS_SUFFIX))
+            parts = document["parts"]
+            if document["format"] != 1 or not all(is_part_name(part) for part in parts):
+                raise ValueError("not a list of parts")
+            return sorted(parts)
+        except FileNotFoundError as error:
+            raise UsageError(
+                f"{file} is missing. A web server lists nothing, so a store on one needs this list "
+                "of its parts; `mer cache cp` writes it."
+            ) from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise DamagedStoreError(
+                f"{file} is not a list of parts ({error}). Write it anew."
+            ) from error
+
+    def signature(self, part: str) -> tuple[int, int, int] | None:
+        """Return size, time (µs) and tag of a manifest as listed, None if it is not."""
+        listed = (self._listing or {}).get(part, {}).get(layout.METADATA)
+        if listed is None:
+            return None
+        tag = int.from_bytes(hashlib.blake2b(listed.tag.encode(), digest_size=8).digest(), "big")
+        return listed.bytes, round(listed.modified * 1e6), tag >> 1
+
+    def signatures(self, parts: Sequence[str]) -> np.ndarray | None:
+        """Return what the listing says of the manifests; -1 where it does not."""
+        if self.bucket.is_web:
+            return None
+        rows = [self.signature(part) or (-1, -1, -1) for part in parts]
+        return np.array(rows, np.int64).reshape(-1, 3)
+
+    def sizes(self, part: str, anew: bool = False) -> dict[str, int] | None:
+        """Return the bytes of every object of a part by file, None where nothing is listed."""
+        if self.bucket.is_web:
+            return None
+        if anew:
+            prefix = f"{layout.PARTS}/{part}"
+            files = {o.name[len(prefix) + 1 :]: o for o in self.bucket.objects(prefix)}
+            self._listing = {**(self._listing or {}), part: files}
+        listed = (self._listing or {}).get(part)
+        return None if listed is None else {file: o.bytes for file, o in listed.items()}
+
+    def index_path(self) -> Path | None:
+        """Return a file beside the local copy."""
+        copy = local_copy()
+        if copy is None:
+            return None
+        path = copy.folder / INDEX_FOLDER / f"{_name('index', self.url)}{layout.INDEX_SUFFIX}"
+        with suppress(OSError):  # then nothing is kept
+            path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def read_parts(
+        self, parts: Sequence[str], outputs: tuple[OutputSpec, ...], fingerprint: str
+    ) -> list[PartReader | DamagedStoreError | None]:
+        """Read all manifests at the same time."""
+
+        def read(part: str) -> PartReader | DamagedStoreError | None:
+            reader = self.lazy_part(part, outputs, fingerprint)
+            try:
+                reader.load()
+            except PartGoneError:
+                return None
+            except DamagedStoreError as error:
+                return error
+            return reader
+
+        return gather([(read, part) for part in parts])
+
+    def lazy_part(self, part: str, outputs: tuple[OutputSpec, ...], fingerprint: str) -> PartReader:
+        """Return a reader that looks at nothing yet."""
+        return PartReader(part, self.files(part), outputs, fingerprint)
+
+    def files(self, part: str) -> ObjectFiles:
+        """Return the files of a part."""
+        with self._lock:
+            files = self._open.get(part)
+            if files is None:
+                files = self._open[part] = ObjectFiles(self, part)
+            return files
+
+    # -- fetching ------------------------------------------------------------------------------
+
+    def fetch_small(self, files: ObjectFiles, file: str) -> np.ndarray:
+        """Fetch a file of a part, and the same file of the parts behind it while it is cheap."""
+        wanted, total = [files], 0
+        with self._lock:
+            known = sorted(self._open.items())
+        for part, other in known:
+            if total >= _SMALL_WINDOW_BYTES:
+                break
+            if part > files.part and other.needs_small(file):
+                wanted.append(other)
+                total += other.records[file].bytes
+
+        def bring(other: ObjectFiles) -> np.ndarray | None:
+            if other is files:
+                return other.bring_small(file)
+            with suppress(DamagedStoreError):  # whoever needs it will be told
+                other.bring_small(file)
+            return None
+
+        data: np.ndarray = gather([(bring, other) for other in wanted])[0]
+        return data
+
+    def prefetch(self, wanted: Sequence[tuple[PartReader, str, int, int]]) -> None:
+        """Fetch all chunks that are missing of (part, output, first frame, end).
+
+        What memory cannot hold at once is fetched when reading, in the same order, comes to it.
+        """
+        lazy = {part.id: part for part, _, _, _ in wanted if not _is_loaded(part)}
+        if lazy:
+            gather([(_load, part) for part in lazy.values()])
+        spans: dict[tuple[str, str, int], list[int]] = {}
+        about: dict[tuple[str, str], tuple[ObjectFiles, ShardLayout]] = {}
+        for part, output, start, stop in wanted:
+            if start >= stop:
+                continue
+            known = about.get((part.id, output))
+            if known is None:
+                try:
+                    known = about[part.id, output] = self.files(part.id), part.shard(output)
+                except DamagedStoreError:  # whoever reads it will be told
+                    continue
+            shard = known[1]
+            first, last, size = start // shard.rows, (stop - 1) // shard.rows, _block_chunks(shard)
+            for block in range(first // size, last // size + 1):
+                low = max(first - block * size, 0)
+                high = min(last + 1 - block * size, size)
+                span = spans.setdefault((part.id, output, block), [low, high])
+                span[0], span[1] = min(span[0], low), max(span[1], high)
+        needs = []
+        for (part_id, output, block), (low, high) in spans.items():
+            files, shard = about[part_id, output]
+            need = self._whole_if_worth(_Need(files, shard, block, low, high))
+            if not _is_near(need):
+                needs.append(need)
+        _local.rest = None
+        self._fetch_window(needs)
+
+    def go_on(self, files: ObjectFiles, shard: ShardLayout, block: int) -> bool:
+        """Fetch the next of what ``prefetch`` left, if this block is in it."""
+        rest: list[_Need] | None = getattr(_local, "rest", None)
+        if not rest:
+            return False
+        key = files.key(shard), block
+        at = next((i for i, need in enumerate(rest) if need.key == key), None)
+        if at is None:
+            return False
+        self._fetch_window([need for need in rest[at:] if not _is_near(need)])
+        return True
+
+    def _fetch_window(self, needs: list[_Need]) -> None:
+        total = number = 0
+        while number < len(needs) and (not number or total < _WINDOW_BYTES):
+            total += needs[number].num_bytes
+            number += 1
+        _local.rest = needs[number:] or None
+        if number:
+            self.fetch(needs[:number], strict=False)
+
+    def _whole_if_worth(self, need: _Need) -> _Need:
+        """Take the whole block where the local copy will keep it."""
+        copy = local_copy()
+        if copy is None:
+            return need
+        count = _block_bounds(need.shard, need.block)[1]
+        fits = self._total is None or self._total <= copy.limit
+        if fits or 2 * (need.high - need.low) >= count:
+            need.low, need.high = 0, count
+        return need
+
+    def fetch(self, needs: Sequence[_Need], *, strict: bool) -> dict[tuple[_Shard, int], _Block]:
+        """Bring chunks into memory, and whole blocks into the local copy.
+
+        What another thread is bringing is waited for.
+
+        Parameters
+        ----------
+        needs : sequence of _Need
+            Of distinct blocks.
+        strict : bool
+            Whether damage is an error here. Else it is left to whoever reads the chunk.
+
+        Returns
+        -------
+        dict
+            The blocks, by ``_Need.key``.
+        """
+        needs = [self._whole_if_worth(need) for need in needs if _has_sums(need, strict)]
+        blocks: dict[tuple[_Shard, int], _Block] = {}
+        mine: list[tuple[_Need, int, int]] = []  # runs of chunks
+        done = threading.Event()
+        claimed: list[Any] = []
+        others: set[threading.Event] = set()
+        with memory.lock:
+            for need in needs:
+                key = need.key
+                count = _block_bounds(need.shard, need.block)[1]
+                block = memory.get(key)
+                if block is None:
+                    block = _Block(count, need.shard.chunk_bytes)
+                    memory.put(key, block, 0)
+                blocks[key] = block
+                run: int | None = None
+                for chunk in range(need.low, need.high + 1):
+                    free = chunk < need.high and not block.present[chunk]
+                    if free and (event := memory.pending.get((key, chunk))) is not None:
+                        others.add(event)
+                        free = False
+                    if free:
+                        memory.pending[key, chunk] = done
+                        claimed.append((key, chunk))
+                        run = chunk if run is None else run
+                    elif run is not None:
+                        mine.append((need, run, chunk))
+                        run = None
+        try:
+            self._bring(mine, blocks, strict)
+        finally:
+            with memory.lock:
+                for entry in claimed:
+                    memory.pending.pop(entry, None)
+            done.set()
+        for event in others:
+            event.wait()
+        if others and strict:  # the other thread may have failed
+            missing = [n for n in needs if not all(blocks[n.key].present[n.low : n.high])]
+            if missing:
+                blocks |= self.fetch(missing, strict=True)
+        return blocks
+
+    def _bring(
+        self,
+        runs: list[tuple[_Need, int, int]],
+        blocks: Mapping[tuple[_Shard, int], _Block],
+        strict: bool,
+    ) -> None:
+        for last in (False, True):  # a flip on the way is not on the server
+            spans, targets = [], []
+            for need, low, high in runs:
+                begin = _block_bounds(need.shard, need.block)[0]
+                size = need.shard.chunk_bytes
+                name = need.files.name(need.shard.file)
+                spans.append(Span(name, (begin + low) * size, (begin + high) * size))
+                targets.append(blocks[need.key].data[low:high].reshape(-1))
+            broken = self.bucket.get_spans(spans, targets)
+            failed = []
+            for need, low, high in runs:
+                shard, block = need.shard, blocks[need.key]
+                name = need.files.name(shard.file)
+                if name in broken:
+                    if strict:
+                        raise need.files.error(shard, broken[name])
+                    continue
+                begin = _block_bounds(shard, need.block)[0]
+                try:
+                    where = f"{self.url}/{name}"
+                    shard.verify(block.data[low:high], begin + low, where)
+                except DamagedStoreError:
+                    if last and strict:
+                        raise
+                    failed.append((need, low, high))
+                    continue
+                block.present[low:high] = b"\1" * (high - low)
+                self._keep(need, block)
+            if not failed:
+                return
+            runs = failed
+
+    def _keep(self, need: _Need, block: _Block) -> None:
+        key, size = need.key, need.shard.chunk_bytes
+        memory.put(key, block, sum(block.present) * size)
+        copy = local_copy()
+        if copy is not None and all(block.present):
+            name = _block_name(key[0], need.shard, need.block)
+            if not copy.has(name, block.data.nbytes):
+                copy.put(name, block.data.reshape(-1))
+
+    # -- writing -------------------------------------------------------------------------------
+
+    def staging(self) -> AbstractContextManager[Path]:
+        """Yield a path on this machine."""
+        return staged(self._staging())
+
+    def _staging(self) -> Path:
+        copy = local_copy()
+        folder = local_folder() / "staging" if copy is None else copy.folder / INDEX_FOLDER
+        path = folder / _name("staging", self.url)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            path = Path(tempfile.gettempdir()) / "mer" / path.name
+            path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def part_id(self, keys: Iterable[bytes], files: Mapping[str, FileRecord]) -> str:
+        """Return the hash of the content: objects of two writers never mix under one name."""
+        return layout.content_part_id(files)
+
+    def publish(self, folder: Path, part: str) -> bool:
+        """Upload all files at the same time, then the manifest, unless there is one."""
+        prefix = f"{layout.PARTS}/{part}"
+        manifest = f"{prefix}/{layout.METADATA}"
+        if self.bucket.size(manifest) is not None:
+            return False
+        files = {
+            f"{prefix}/{path.relative_to(folder).as_posix()}": path
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        }
+        document = files.pop(manifest).read_bytes()
+        largest_first = sorted(files, key=lambda name: -files[name].stat().st_size)
+        self.bucket.put_all({name: files[name] for name in largest_first})
+        created = self.bucket.put(manifest, document, create=True)
+        # Someone may just have been removing a part of this name: of the same bytes, then.
+        there = {listed.name: listed.bytes for listed in self.bucket.objects(prefix)}
+        lost = {n: p for n, p in files.items() if there.get(n) != p.stat().st_size}
+        if lost:
+            logger.warning("%d objects of %s vanished; writing them again.", len(lost), part)
+            self.bucket.put_all(lost)
+        self._parts_changed()
+        return created
+
+    def remove(self, part: str) -> None:
+        """Delete the manifest, then the rest."""
+        prefix = f"{layout.PARTS}/{part}"
+        self.bucket.delete([f"{prefix}/{layout.METADATA}"])
+        self.bucket.delete([listed.name for listed in self.bucket.objects(prefix)])
+        self._parts_changed()
+
+    def quarantine(self, part: str) -> str:
+        """Copy all objects to ``<store>.quarantine/``, then remove them."""
+        away = self.bucket.sibling(layout.QUARANTINE_SUFFIX)
+        taken = set(away.folders())
+        number = next(n for n in range(1, 1 << 30) if f"{part}-{n}" not in taken)
+        prefix = f"{layout.PARTS}/{part}"
+        target = away.child(f"{part}-{number}")
+
+        def copy(name: str) -> None:
+            with suppress(FileNotFoundError):  # what is missing is why it goes there
+                self.bucket.copy(name, target, name[len(prefix) + 1 :])
+
+        gather([(copy, listed.name) for listed in self.bucket.objects(prefix)])
+        self.remove(part)
+        return target.url
+
+    def sweep(self, older_than_s: float = ABANDONED_S) -> None:
+        """Remove the objects of parts that never got a manifest and are older than a day."""
+        self.bucket.check_writable()
+        sweep(self._staging())
+        parts: dict[str, list[Listed]] = {}
+        for listed in self.bucket.objects(layout.PARTS):
+            _, part, file = (*listed.name.split("/", 2), "", "")[:3]
+            if is_part_name(part) and file:
+                parts.setdefault(part, []).append(listed)
+        oldest = time.time() - older_than_s
+        left: list[str] = []
+        for part, objects in parts.items():
+            names = [listed.name for listed in objects]
+            if f"{layout.PARTS}/{part}/{layout.METADATA}" in names:
+                continue
+            if max(listed.modified for listed in objects) < oldest:
+                logger.info("Removing the unfinished part %s of %s.", part, self.url)
+                left += names
+        self.bucket.delete(left)
+
+    def write_parts_list(self) -> str:
+        """Write the list of parts that readers through a web server need; return its URL."""
+        parts = self.part_names()
+        self.bucket.parent().put(self.name + PARTS_SUFFIX, parts_list(parts))
+        self._lists_parts = True
+        return self.url + PARTS_SUFFIX
+
+    def _parts_changed(self) -> None:
+        """Keep the list of parts true where someone wrote one."""
+        if self._lists_parts is None:
+            size = self.bucket.parent().size(self.name + PARTS_SUFFIX)
+            self._lists_parts = size is not None
+        if self._lists_parts:
+            self.write_parts_list()
+
+
+class ObjectHome:
+    """A prefix of a bucket with stores below it.
+
+    Parameters
+    ----------
+    url : str
+        ``s3://bucket/prefix`` …
+    """
+
+    is_local = False
+
+    def __init__(self, url: str) -> None:
+        self.bucket = Bucket(url)
+        self.url = self.bucket.url
+
+    def __reduce__(self) -> tuple[type[ObjectHome], tuple[str]]:
+        return ObjectHome, (self.url,)
+
+    @cached_property
+    def folder(self) -> Path:
+        """Folder on this machine for what is kept beside the stores."""
+        return local_folder()
+
+    def names(self) -> list[str]:
+        """Return the names of all stores.
+
+        Raises
+        ------
+        UsageError
+            A web server: it lists nothing.
+        """
+        if self.bucket.is_web:
+            raise UsageError(
+                f"{self.url} is on a web server, which does not list its stores. Give the URL of "
+                "one store."
+            )
+        return [name for name in self.bucket.folders() if is_store_name(name)]
+
+    def place(self, name: str) -> ObjectPlace:
+        """Return the place of a store, which need not exist."""
+        return ObjectPlace(f"{self.url}/{name}")
+
+
+def parts_list(parts: Sequence[str]) -> bytes:
+    """Return the document that lists the parts of a store."""
+    return json.dumps({"format": 1, "parts": sorted(parts)}, indent=0).encode("ascii") + b"\n"
+
+
+def _is_loaded(part: PartReader) -> bool:
+    return "manifest" in vars(part)
+
+
+def _load(part: PartReader) -> None:
+    with suppress(DamagedStoreError):  # whoever reads it will be told
+        part.load()
+
+
+def _is_near(need: _Need) -> bool:
+    """Whether chunks are in memory or, unverified yet, in the local copy."""
+    found: _Block | None = memory.get(need.key)
+    if found is not None and all(found.present[need.low : need.high]):
+        return True
+    copy = local_copy()
+    if copy is None:
+        return False
+    key, block = need.key
+    num_bytes = _block_bounds(need.shard, block)[1] * need.shard.chunk_bytes
+    return copy.has(_block_name(key, need.shard, block), num_bytes)
+
+
+def _has_sums(need: _Need, strict: bool) -> bool:
+    """Make sure that the checksums of a shard's chunks are known."""
+    try:
+        _complete_sums(need)
+    except DamagedStoreError:
+        if strict:
+            raise
+        return False
+    return True
+
+
+def _complete_sums(need: _Need) -> None:
+    """Take the checksums of chunks from the shard itself where the manifest has none.
+
+    A manifest of the first release knows only the whole file, which is then read once: chunks that
+    match their own checksums alone may be those of another part.
+    """
+    shard = need.shard
+    if shard.crcs is not None:
+        return
+    bucket, name = need.files.place.bucket, need.files.name(shard.file)
+    data = np.empty(shard.file_bytes, np.uint8)
+    for error in bucket.get_spans([Span(name, 0, shard.file_bytes)], [data]).values():
+        raise need.files.error(shard, error)
+    where = f"{need.files.where}/{shard.file}"
+    chunks = data[: shard.num_chunks * shard.chunk_bytes].reshape(-1, shard.chunk_bytes)
+    if xxhash.xxh3_128_hexdigest(data.data) != shard.xxh3:
+        shard.verify(chunks, 0, where)
+        raise DamagedStoreError(f"{where} is not the file its part's manifest lists.")
+    shard.crcs = chunk_sums(chunks)
+
+
+def chunk_sums(chunks: np.ndarray) -> np.ndarray:
+    """Return the checksums that (n, chunk_bytes) uint8 end with, (n,) uint32."""
+    ends = np.ascontiguousarray(chunks[:, -layout.CRC_BYTES :])
+    return ends.view("<u4")[:, 0].astype(np.uint32)
+
+
+def _block_chunks(shard: ShardLayout) -> int:
+    """Return k."""
+    return max(1, BLOCK_BYTES // shard.chunk_bytes)
+
+
+def _block_bounds(shard: ShardLayout, block: int) -> tuple[int, int]:
+    """Return the first chunk of a block and how many it has."""
+    size = _block_chunks(shard)
+    return block * size, min(size, shard.num_chunks - block * size)
+
+
+def _block_name(key: _Shard, shard: ShardLayout, block: int) -> str:
+    return _name("block", key.store, key.part, key.file, key.manifest, _block_chunks(shard), block)
+
+
+def _small_name(record: FileRecord) -> str:
+    return _name("file", record.xxh3, record.bytes)
+
+
+def _name(*parts: object) -> str:
+    """Return a name in the local copy that says all of ``parts``."""
+    digest = hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=16).hexdigest()
+    return f"{digest[:2]}/{digest[2:]}"
+
+
+def _is_sealed(data: bytes) -> bool:
+    try:
+        layout.unseal(data, "")
+    except StoreError:
+        return False
+    return True
