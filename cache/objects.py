@@ -27,7 +27,8 @@ import random
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -268,19 +269,17 @@ class Bucket:
         gather([(fetch, *request) for request in plan_requests(spans, into)])
         return failed
 
-    def download(
-        self, name: str, size: int, sink: Callable[[memoryview], object], window: int = 4
-    ) -> None:
-        """Pass an object of ``size`` bytes to ``sink`` in order, some pieces ahead. As ``get``."""
-        pieces = [(s, min(s + REQUEST_BYTES, size)) for s in range(0, size, REQUEST_BYTES)]
-        ahead: list[Future[memoryview]] = []
+    def stream(self, name: str, size: int, window: int = 4) -> Iterator[memoryview]:
+        """Yield the first ``size`` bytes in order, some pieces ahead. Raises like ``get_range``."""
+        starts = range(0, size, REQUEST_BYTES)
+        ahead: deque[Future[memoryview]] = deque()
         try:
-            for number in range(len(pieces)):
-                while len(ahead) < min(number + window, len(pieces)):
-                    start, stop = pieces[len(ahead)]
+            for number in range(len(starts)):
+                while len(ahead) < min(window, len(starts) - number):
+                    start = starts[number + len(ahead)]
+                    stop = min(start + REQUEST_BYTES, size)
                     ahead.append(_pool().submit(self.get_range, name, start, stop))
-                sink(ahead[number].result())
-                ahead[number] = Future()  # lets go of the bytes
+                yield ahead.popleft().result()
         finally:
             for future in ahead:
                 future.cancel()

@@ -19,7 +19,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -235,6 +235,13 @@ class ObjectFiles:
         if copy is not None:
             copy.put(_small_name(record), content)
         return data
+
+    def stream(self, file: str, num_bytes: int) -> Iterator[memoryview]:
+        """Yield a file as it is, in order; ``DamagedStoreError`` if it is shorter or missing."""
+        try:
+            yield from self.place.bucket.stream(self.name(file), num_bytes)
+        except FileNotFoundError as error:
+            raise self._missing(file) from error
 
     def chunks(self, shard: ShardLayout, first: int, last: int) -> np.ndarray:
         """Return chunks from wherever they are nearest."""
