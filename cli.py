@@ -24,10 +24,13 @@ import click
 
 from mer import __version__
 from mer.cache.errors import MerError
+from mer.pipelines.tables import size, table
 
 if TYPE_CHECKING:
-    from mer.cache.store import Cache
+    from mer.cache.home import Cache
+    from mer.cache.store import Store
     from mer.extract.inputs import Failure
+    from mer.pipelines.caching import DatasetKeys
 
 INTERRUPTED = 130
 CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100}
@@ -102,7 +105,7 @@ cache_option = click.option(
     "--cache",
     "cache_url",
     metavar="URL",
-    help="Folder of the cache.  [default: $MER_CACHE, else the user's cache directory]",
+    help="Folder or URL of the cache.  [default: $MER_CACHE, else the user's cache directory]",
 )
 
 
@@ -131,33 +134,13 @@ root_option = click.option(
 
 
 def _cache(url: str | None) -> Cache:
-    from mer.cache.store import Cache
+    from mer.cache.home import Cache
 
     return Cache.from_url(url)
 
 
 def _emit(result: dict[str, Any], as_json: bool, text: Callable[[], str]) -> None:
     click.echo(json.dumps(result) if as_json else text())
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Render left-aligned columns, numbers to the right."""
-    cells = [[str(cell) for cell in row] for row in [header, *rows]]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    numeric = [all(isinstance(row[i], (int, float)) for row in rows) for i in range(len(header))]
-    lines = []
-    for row in cells:
-        padded = [
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(row, widths, numeric, strict=True)
-        ]
-        lines.append("  ".join(padded).rstrip())
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB"
 
 
 def _show_failures(failures: Sequence[Failure]) -> None:
@@ -327,10 +310,10 @@ def extract(
         ]
         if result.stores:
             rows = [
-                [name, f"{store['frames']:,}", _megabytes(store["bytes"]), store["path"]]
+                [name, f"{store['frames']:,}", size(store["bytes"]), store["path"]]
                 for name, store in result.stores.items()
             ]
-            lines += ["", _table(["feature", "frames", "size", "store"], rows)]
+            lines += ["", table(["feature", "frames", "size", "store"], rows)]
         return "\n".join(lines)
 
     _emit(result.to_json(), as_json, text)
@@ -531,7 +514,61 @@ def demo(out: Path, device: str, as_json: bool) -> int:
 
 @main.group()
 def cache() -> None:
-    """Look at the embedding cache."""
+    """Look after the embedding cache: list, check, tidy up, copy, exchange.
+
+    STORE is a name from `mer cache ls`, the beginning of one, or the path or URL of a store
+    anywhere: a folder, s3://, gs://, or https:// (reading only).
+    """
+
+
+stores_argument = click.argument("stores", nargs=-1, metavar="[STORE]...")
+dataset_option = click.option(
+    "--dataset", metavar="DATASET", help="Corpus or manifest that names the utterances."
+)
+format_option = click.option(
+    "--option",
+    "options",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Option of the format; repeatable.",
+)
+
+
+@contextmanager
+def _counting(what: str, total: int | None, show_count: Callable[[int], str]) -> Iterator[Any]:
+    """Yield a hook that counts towards ``total`` where stderr is a terminal, else None."""
+    with _display() as show:
+        if show is None:
+            yield None
+            return
+        task = show.add_task(what, total=total or None, note="")
+        done = [0]
+
+        def advance(count: int) -> None:
+            done[0] += count
+            note = show_count(done[0]) + (f" of {show_count(total)}" if total else "")
+            show.update(task, completed=done[0], note=note)
+
+        yield advance
+
+
+def _keys_of(dataset: str | None, root: Path | None, opened: Cache) -> DatasetKeys | None:
+    """Return the keys of the data set that names utterances, if there is one."""
+    if dataset is None:
+        if root is not None:
+            raise click.UsageError("--root goes with --dataset.")
+        return None
+    from mer.pipelines.caching import dataset_keys
+
+    with _counting("reading recordings", None, "{:,}".format) as progress:
+        return dataset_keys(dataset, root, opened, progress=progress)
+
+
+def _chosen(names: Sequence[str], opened: Cache) -> list[Store]:
+    """Return the stores that are named, or all of the cache."""
+    from mer.pipelines.caching import find_store
+
+    return [find_store(name, opened) for name in names] if names else opened.stores()
 
 
 @cache.command(
@@ -541,80 +578,377 @@ def cache() -> None:
 @json_option
 def cache_ls(cache_url: str | None, as_json: bool) -> int:
     """List the stores of the cache."""
-    opened = _cache(cache_url)
-    infos = [store.info() for store in opened.stores()]
-    stores = [
-        {
-            "name": info.name,
-            "utterances": info.utterances,
-            "outputs": list(info.outputs),
-            "bytes": info.bytes,
-            "parts": info.parts,
-        }
-        for info in infos
-    ]
-    damaged = [{"store": i.name, "reason": reason} for i in infos for reason in i.damage]
-    result = {"cache": str(opened.root), "stores": stores, "damaged": damaged}
+    from mer.pipelines.caching import listing, listing_text
 
-    def text() -> str:
-        if not stores:
-            return f"No stores in {opened.root}. `mer extract` makes them."
-        rows = [
-            [i.name, i.utterances, i.parts, _megabytes(i.bytes), " ".join(i.outputs)] for i in infos
-        ]
-        return _table(["store", "utterances", "parts", "size", "outputs"], rows)
-
-    _emit(result, as_json, text)
-    for item in damaged:
+    result = listing(_cache(cache_url))
+    _emit(result, as_json, lambda: listing_text(result))
+    for item in result["damaged"]:
         click.echo(f"damaged: {item['store']}: {item['reason']}", err=True)
-    return 4 if damaged else 0
+    return 4 if result["damaged"] else 0
 
 
-@cache.command("info", epilog="\b\nExample:\n  mer cache info logmel-3f9c2a")
+@cache.command(
+    "info",
+    epilog="""\b
+Examples:
+  mer cache info logmel-3f9c2a
+  mer cache info https://example.org/features/wavlm-large-final-3f9c2a7700112233
+""",
+)
 @click.argument("store")
 @cache_option
 @json_option
 def cache_info(store: str, cache_url: str | None, as_json: bool) -> int:
-    """Show everything a STORE knows of itself: identity, outputs, size, licence.
+    """Show everything a STORE knows of itself: provenance, licence, fingerprint, outputs, size."""
+    from mer.pipelines.caching import find_store, info_text
 
-    STORE is a name from `mer cache ls` or a prefix of one.
-    """
-    from mer.cache.errors import UnknownNameError, UsageError
-
-    stores = _cache(cache_url).stores()
-    matches = [s for s in stores if s.name == store] or [
-        s for s in stores if s.name.startswith(store)
-    ]
-    if not matches:
-        raise UnknownNameError("store", store, (s.name for s in stores), "mer cache ls")
-    if len(matches) > 1:
-        raise UsageError(
-            f"{store!r} fits {len(matches)} stores: {', '.join(s.name for s in matches)}."
-        )
-    info = matches[0].info()
-    result = dataclasses.asdict(info)
-
-    def text() -> str:
-        rows = [
-            [name, o.kind, o.dim, o.rate_hz or "-", o.frames, " ".join(o.dtypes)]
-            for name, o in info.outputs.items()
-        ]
-        return "\n".join(
-            [
-                info.path,
-                f"{info.utterances} utterances in {info.parts} parts, {_megabytes(info.bytes)}",
-                f"made {info.created}; licence: {info.licence or 'not stated'}",
-                "",
-                _table(["output", "kind", "dim", "Hz", "frames", "stored as"], rows),
-                "",
-                json.dumps(info.identity, indent=2, sort_keys=True),
-            ]
-        )
-
-    _emit(result, as_json, text)
+    info = find_store(store, _cache(cache_url)).info()
+    _emit(dataclasses.asdict(info), as_json, lambda: info_text(info))
     for reason in info.damage:
         click.echo(f"damaged: {reason}", err=True)
     return 4 if info.damage else 0
+
+
+@cache.command(
+    "verify",
+    epilog="""\b
+Examples:
+  mer cache verify
+  mer cache verify wavlm-large --repair --dataset ravdess --root RAVDESS
+""",
+)
+@stores_argument
+@click.option(
+    "--repair",
+    is_flag=True,
+    help="Put right what can be; move what cannot to STORE.quarantine, so that the next "
+    "`mer extract` computes exactly that again.",
+)
+@dataset_option
+@root_option
+@cache_option
+@json_option
+def cache_verify(
+    stores: tuple[str, ...],
+    repair: bool,
+    dataset: str | None,
+    root: Path | None,
+    cache_url: str | None,
+    as_json: bool,
+) -> int:
+    """Check every byte of some STOREs, or of all.
+
+    Exits with 4 where anything is damaged, or was before it was repaired.
+    """
+    from mer.cache.verify import total_bytes, verify
+    from mer.pipelines.caching import verify_result, verify_text
+
+    opened = _cache(cache_url)
+    chosen = _chosen(stores, opened)
+    keys = _keys_of(dataset, root, opened)
+    with _counting("verify", total_bytes(chosen), size) as progress:
+        report = verify(chosen, repair=repair, progress=progress)
+    result = verify_result(report, keys)
+    _emit(result, as_json, lambda: verify_text(result))
+    return 4 if report.corrupt else 0
+
+
+def _size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    from mer.pipelines.tables import parse_size
+
+    return None if value is None else parse_size(value)
+
+
+def _age(ctx: click.Context, param: click.Parameter, value: str | None) -> float | None:
+    from mer.pipelines.tables import parse_age
+
+    return None if value is None else parse_age(value)
+
+
+@cache.command(
+    "gc",
+    epilog="""\b
+Examples:
+  mer cache gc
+  mer cache gc --older-than 90d --extractor logmel --dry-run
+  mer cache gc --unused-by my.csv --unused-by ravdess --root RAVDESS --max-size 200GB
+""",
+)
+@click.option(
+    "--older-than", callback=_age, metavar="AGE", help="Remove what is older than 30d, 12h, 1y."
+)
+@click.option(
+    "--max-size",
+    callback=_size,
+    metavar="SIZE",
+    help="Remove the oldest until the stores fit 50GB, 1TiB.",
+)
+@click.option(
+    "--extractor",
+    "extractors",
+    multiple=True,
+    metavar="NAME",
+    help="Remove stores of this extractor (wildcards allowed); with another criterion, only look "
+    "at them. Repeatable.",
+)
+@click.option(
+    "--unused-by",
+    "used_by",
+    multiple=True,
+    metavar="DATASET",
+    help="Remove what none of these corpora or manifests uses; repeatable.",
+)
+@click.option(
+    "--root",
+    "roots",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder of a corpus in --unused-by, in their order.",
+)
+@click.option("--store", "stores", multiple=True, metavar="STORE", help="Look at this store only.")
+@click.option("--no-compact", is_flag=True, help="Leave small parts and duplicates as they are.")
+@click.option("--quarantine", is_flag=True, help="Also remove what `verify --repair` took out.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be done.")
+@cache_option
+@json_option
+def cache_gc(
+    older_than: float | None,
+    max_size: int | None,
+    extractors: tuple[str, ...],
+    used_by: tuple[str, ...],
+    roots: tuple[Path, ...],
+    stores: tuple[str, ...],
+    no_compact: bool,
+    quarantine: bool,
+    dry_run: bool,
+    cache_url: str | None,
+    as_json: bool,
+) -> int:
+    """Tidy up: sweep leftovers, merge duplicates and small parts, and remove what is asked for.
+
+    Without a criterion no utterance is removed; of several, all have to hold. It may be killed at
+    any moment, and run while others read and write.
+    """
+    from mer.cache.collect import plan, run
+    from mer.pipelines.caching import gc_result, gc_text, keys_in_use, pair_roots
+
+    opened = _cache(cache_url)
+    keep = None
+    if used_by:
+        with _counting("reading recordings", None, "{:,}".format) as progress:
+            keep = keys_in_use(pair_roots(used_by, roots), opened, progress)
+    elif roots:
+        raise click.UsageError("--root goes with --unused-by.")
+    planned = plan(
+        opened,
+        older_than_s=older_than,
+        max_bytes=max_size,
+        extractors=extractors,
+        keep=keep,
+        stores=_chosen(stores, opened) if stores else None,
+        compact=not no_compact,
+        quarantine=quarantine,
+    )
+    report = None
+    if not dry_run:
+        with _counting("gc", len(planned.steps), "{:,} steps".format) as progress:
+            report = run(planned, (lambda step: progress(1)) if progress else None)
+    result = gc_result(planned, report)
+    _emit(result, as_json, lambda: gc_text(result))
+    return 0
+
+
+@cache.command("du", epilog="\b\nExamples:\n  mer cache du\n  mer cache du logmel --json")
+@stores_argument
+@cache_option
+@json_option
+def cache_du(stores: tuple[str, ...], cache_url: str | None, as_json: bool) -> int:
+    """Show what takes the space: outputs, duplicates, leftovers, quarantine."""
+    from mer.pipelines.caching import usage_result, usage_text
+
+    opened = _cache(cache_url)
+    result = usage_result(opened, _chosen(stores, opened))
+    _emit(result, as_json, lambda: usage_text(result))
+    return 0
+
+
+@cache.command(
+    "cp",
+    epilog="""\b
+Examples:
+  mer cache cp wavlm-large s3://bucket/features
+  mer cache cp https://example.org/features /data/mer
+""",
+)
+@click.argument("source")
+@click.argument("target")
+@cache_option
+@json_option
+def cache_cp(source: str, target: str, cache_url: str | None, as_json: bool) -> int:
+    """Copy SOURCE, a store or all stores of a cache, into the cache TARGET.
+
+    What TARGET has already is skipped, so that an interrupted copy goes on where it was. Every byte
+    is checked before it becomes visible.
+    """
+    from mer.cache.transfer import copy
+    from mer.pipelines.caching import copy_result, copy_text, find_stores, num_bytes
+
+    sources = find_stores(source, _cache(cache_url))
+    into = _cache(target)
+    with _counting("copy", num_bytes(sources), size) as progress:
+        reports = [copy(store, into, progress=progress) for store in sources]
+    result = copy_result(reports)
+    _emit(result, as_json, lambda: copy_text(result))
+    return 0
+
+
+@cache.command(
+    "export",
+    epilog="""\b
+Examples:
+  mer cache export wavlm-large features.h5 --format hdf5 --dataset my.csv
+  mer cache export egemaps features --format npy --dataset ravdess --root RAVDESS
+""",
+)
+@click.argument("store")
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option("--format", "layout", required=True, metavar="FORMAT", help="Layout to write.")
+@click.option(
+    "--output", "outputs", multiple=True, metavar="NAME", help="Only this output; repeatable."
+)
+@dataset_option
+@root_option
+@click.option("--overwrite", is_flag=True, help="Replace TARGET if it exists.")
+@format_option
+@cache_option
+@json_option
+def cache_export(
+    store: str,
+    target: Path,
+    layout: str,
+    outputs: tuple[str, ...],
+    dataset: str | None,
+    root: Path | None,
+    overwrite: bool,
+    options: tuple[str, ...],
+    cache_url: str | None,
+    as_json: bool,
+) -> int:
+    """Write the features of STORE to TARGET in a format of other tools.
+
+    With --dataset its utterances are written under their ids; without, all under their keys.
+    """
+    from mer.cache.exchange import export
+    from mer.pipelines.caching import export_result, export_text, find_store, parse_options
+
+    opened = _cache(cache_url)
+    found = find_store(store, opened)
+    keys = _keys_of(dataset, root, opened)
+    ids = None if keys is None else keys.utterances()
+    with _counting("export", len(ids) if ids else len(found), "{:,}".format) as progress:
+        report = export(
+            found,
+            target,
+            layout,
+            ids=ids,
+            outputs=outputs or None,
+            overwrite=overwrite,
+            progress=progress,
+            **parse_options(options),
+        )
+    failures = () if keys is None else keys.failures
+    _show_failures(failures)
+    result = export_result(report, failures)
+    _emit(result, as_json, lambda: export_text(result))
+    return 3 if failures else 0
+
+
+@cache.command(
+    "import",
+    epilog="""\b
+Examples:
+  mer cache import features.h5 --format hdf5 --name their-wavlm --dataset my.csv
+  mer cache import MOSI/aligned_50.pkl --format mmsa --name mosi-mmsa --licence "research only"
+""",
+)
+@click.argument("source", type=click.Path(path_type=Path, exists=True))
+@click.option("--format", "layout", required=True, metavar="FORMAT", help="Layout to read.")
+@click.option("--name", required=True, help="What to call the feature.")
+@dataset_option
+@root_option
+@click.option("--text", is_flag=True, help="They are features of transcripts, not of recordings.")
+@click.option("--licence", metavar="TEXT", help="Licence note to keep with the features.")
+@format_option
+@cache_option
+@json_option
+def cache_import(
+    source: Path,
+    layout: str,
+    name: str,
+    dataset: str | None,
+    root: Path | None,
+    text: bool,
+    licence: str | None,
+    options: tuple[str, ...],
+    cache_url: str | None,
+    as_json: bool,
+) -> int:
+    """Bring features that other tools computed into the cache.
+
+    They are kept under `imported` with where they came from, never under an extractor's name.
+    Pickles and .pt files are read without running anything they contain.
+    """
+    from mer.cache.exchange import import_
+    from mer.pipelines.caching import import_result, import_text, parse_options
+
+    opened = _cache(cache_url)
+    keys = _keys_of(dataset, root, opened)
+    modality = "text" if text or (keys is not None and keys.modality == "text") else "audio"
+    with _counting("import", None, "{:,}".format) as progress:
+        report = import_(
+            source,
+            layout,
+            opened,
+            name=name,
+            keys=None if keys is None else getattr(keys, modality),
+            licence=licence,
+            modality=modality,
+            progress=progress,
+            **parse_options(options),
+        )
+    failures = () if keys is None else keys.failures
+    _show_failures(failures)
+    result = import_result(report, failures)
+    _emit(result, as_json, lambda: import_text(result))
+    return 3 if failures or report.skipped else 0
+
+
+@cache.command(
+    "diff",
+    epilog="""\b
+Examples:
+  mer cache diff wavlm-large-final-3f9c2a wavlm-large-final-77aa01
+  mer cache diff /data/mer/logmel-80-3f9c2a7700112233 s3://bucket/mer/logmel-80-3f9c2a7700112233
+""",
+)
+@click.argument("a")
+@click.argument("b")
+@click.option("--no-values", is_flag=True, help="Compare identities and keys, not the values.")
+@cache_option
+@json_option
+def cache_diff(a: str, b: str, no_values: bool, cache_url: str | None, as_json: bool) -> int:
+    """Say how the stores A and B differ: settings, utterances, values."""
+    from mer.cache.diff import diff
+    from mer.pipelines.caching import diff_result, diff_text, find_store
+
+    opened = _cache(cache_url)
+    one, other = find_store(a, opened), find_store(b, opened)
+    with _counting("diff", len(one), "{:,}".format) as progress:
+        found = diff(one, other, values=not no_values, progress=progress)
+    result = diff_result(found)
+    _emit(result, as_json, lambda: diff_text(result))
+    return 0
 
 
 # -- what is there ---------------------------------------------------------------------------------
@@ -637,7 +971,7 @@ def extractors_ls(as_json: bool) -> int:
         rows.append({"name": name, "family": target.split(":")[-1], "model": preset.get("model")})
 
     def text() -> str:
-        return _table(
+        return table(
             ["feature", "family", "model"],
             [[r["name"], r["family"], r["model"] or "model=PATH_OR_HUB_ID or none"] for r in rows],
         )
@@ -673,7 +1007,7 @@ def heads_ls(as_json: bool) -> int:
             ]
             for r in rows
         ]
-        return _table(["head", "streams (? optional)", "what"], cells)
+        return table(["head", "streams (? optional)", "what"], cells)
 
     _emit({"heads": rows}, as_json, text)
     return 0
@@ -699,7 +1033,7 @@ def recipes_ls(as_json: bool) -> int:
     _emit(
         {"recipes": rows},
         as_json,
-        lambda: _table(
+        lambda: table(
             ["recipe", "head", "what"], [[r["name"], r["head"], r["summary"]] for r in rows]
         ),
     )
@@ -736,7 +1070,7 @@ def corpora_ls(as_json: bool) -> int:
             [r["name"], r["utterances"] or "-", r["labels"], r["protocol"], r["summary"]]
             for r in rows
         ]
-        return _table(["corpus", "utterances", "labels", "protocol", "what"], cells)
+        return table(["corpus", "utterances", "labels", "protocol", "what"], cells)
 
     _emit({"corpora": rows}, as_json, text)
     return 0
