@@ -5,8 +5,10 @@ N rows: utterances in the order of the parts, those stored twice counted twice.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 
@@ -15,6 +17,10 @@ from mer.cache.identity import KEY_BYTES
 from mer.cache.index import KeyIndex
 from mer.cache.reader import PartReader
 from mer.cache.snapshot import Columns, Snapshot, Spans
+
+logger = logging.getLogger(__name__)
+
+_Answer = TypeVar("_Answer")
 
 
 class Listing:
@@ -37,6 +43,7 @@ class Listing:
         ids = [part.id for part in self.parts]
         self._snapshot = snapshot
         self._whole = snapshot is not None and snapshot.parts == ids
+        self._whole = self._whole and all(part.from_snapshot for part in self.parts)
         self._counts = np.array([part.num_utterances for part in self.parts], np.int64)
         self.part_of_row = np.repeat(np.arange(len(ids)), self._counts)
         self.first_row = np.concatenate([[0], np.cumsum(self._counts, dtype=np.int64)])
@@ -52,9 +59,7 @@ class Listing:
     @cached_property
     def index(self) -> KeyIndex:
         """Row of every key."""
-        if self._whole and self._snapshot is not None:
-            return self._snapshot.index
-        return KeyIndex(self.keys)
+        return self._ask(lambda s: s.index) or KeyIndex(self.keys)
 
     @cached_property
     def rows(self) -> np.ndarray:
@@ -70,43 +75,60 @@ class Listing:
         """Return for every row where its frames start in its part and how many they are."""
         spans = self._spans.get(output)
         if spans is None:
-            spans = self._spans[output] = self._read_spans(output)
+            spans = self._ask(lambda s: s.spans(output)) or self._read_spans(output)
+            self._spans[output] = spans
         return spans
 
     def _read_spans(self, output: str) -> Spans:
-        if self._whole and self._snapshot is not None:
-            return self._snapshot.spans(output)
         # Layers of a model have the same spans, and the manifest tells without reading them.
         file = f"{output}/{layout.OFFSETS}/{layout.chunk_file(1)}"
         same = tuple(
             part.files[file].xxh3 if file in part.files else part.id for part in self.parts
         )
-        spans = self._shared.get(same)
-        if spans is None:
+        if same not in self._shared:
+            none = np.empty(0, np.int64)
             offsets = [part.offsets(output) for part in self.parts]
-            starts = self._column(None, lambda part: part.offsets(output)[:-1])
-            lengths = np.concatenate([np.empty(0, np.int64), *(np.diff(o) for o in offsets)])
-            spans = self._shared[same] = (starts, lengths)
-        return spans
+            self._shared[same] = (
+                np.concatenate([none, *(o[:-1] for o in offsets)]),
+                np.concatenate([none, *(np.diff(o) for o in offsets)]),
+            )
+        return self._shared[same]
+
+    def _ask(self, question: Callable[[Snapshot], _Answer]) -> _Answer | None:
+        """Return what the snapshot says of exactly these parts, None if it does not."""
+        if self._snapshot is None or not self._whole:
+            return None
+        try:
+            return question(self._snapshot)
+        except ValueError as error:
+            logger.info("The index snapshot is not used: %s.", error)
+            self._snapshot = None
+            return None
 
     def _column(
         self,
-        of_snapshot: Callable[[Snapshot], np.ndarray] | None,
+        of_snapshot: Callable[[Snapshot], np.ndarray],
         of_part: Callable[[PartReader], np.ndarray],
     ) -> np.ndarray:
-        snapshot = self._snapshot if of_snapshot is not None else None
-        known = None if snapshot is None or of_snapshot is None else of_snapshot(snapshot)
-        if snapshot is not None and known is not None and self._whole:
+        """Return a value per row, from the snapshot for the parts that it knows."""
+        snapshot, known = self._snapshot, None
+        if snapshot is not None:
+            try:
+                known = of_snapshot(snapshot)
+            except ValueError as error:
+                logger.info("The index snapshot is not used: %s.", error)
+                self._snapshot = None
+        if known is not None and self._whole:
             return known
-        pieces = [np.empty(0, np.int64)]
+        pieces = []
         for part in self.parts:
-            number = None if snapshot is None else snapshot.number.get(part.id)
-            if snapshot is None or known is None or number is None or not part.from_snapshot:
+            if snapshot is None or known is None or not part.from_snapshot:
                 pieces.append(of_part(part))
             else:
+                number = snapshot.number[part.id]
                 begin = int(snapshot.first_row[number])
                 pieces.append(known[begin : begin + int(snapshot.utterances[number])])
-        return np.concatenate(pieces[1:] or pieces)
+        return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
 
     def row_in_part(self, rows: np.ndarray) -> np.ndarray:
         """Return rows counted within their part."""

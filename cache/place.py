@@ -23,7 +23,15 @@ from mer.cache.identity import FINGERPRINT_IN_NAME
 from mer.cache.layout import FileRecord
 from mer.cache.reader import MappedFiles, PartGoneError, PartReader, part_folders
 from mer.cache.spec import OutputSpec
-from mer.cache.staging import publish, staged, sweep, write_file, writing
+from mer.cache.staging import (
+    publish,
+    quarantine_folder,
+    remove_folder,
+    staged,
+    sweep,
+    write_file,
+    writing,
+)
 
 if TYPE_CHECKING:
     from mer.cache.reader import ShardLayout
@@ -214,15 +222,11 @@ class LocalPlace:
 
     def remove(self, part: str) -> None:
         """Rename into the temporary folder, then delete."""
-        from mer.cache.staging import remove_folder
-
         with writing(self.path):
             remove_folder(self.path, self._folder(part))
 
     def quarantine(self, part: str) -> str:
         """Rename into ``<store>.quarantine``."""
-        from mer.cache.staging import quarantine_folder
-
         with writing(self.path):
             return str(quarantine_folder(self.path, self._folder(part)))
 

@@ -187,7 +187,7 @@ def read(path: Path, fingerprint: str, outputs: Sequence[str]) -> Snapshot | Non
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             magic, version, length, digest = _HEAD.unpack(file.read(_HEAD.size))
-            text = file.read(length)
+            text = file.read(min(length, size))
             if magic != _MAGIC or version != VERSION or xxhash.xxh3_128_digest(text) != digest:
                 raise ValueError("its header does not hold")
             header = json.loads(text)

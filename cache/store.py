@@ -257,7 +257,6 @@ class Store:
             return
         if self._seen is None:
             self._kept = self._read_snapshot()
-            self._saved = frozenset(() if self._kept is None else self._kept.parts)
         kept, outputs, store = self._kept, self.spec.outputs, self.fingerprint
         for name in names if kept is not None else ():
             number = None if kept is None or name in parts else kept.number.get(name)
@@ -273,6 +272,8 @@ class Store:
                 raise found
             if found is not None:
                 parts[name] = found
+        if self._seen is None:
+            self._saved = frozenset(parts.keys() - fresh)
         self._seen = Listing([parts[name] for name in names if name in parts], kept)
         self._signatures = signatures
         if len(parts.keys() - self._saved) >= _SAVE_AFTER and len(parts) == len(names):
@@ -639,8 +640,9 @@ class Store:
         """Return a context manager that adds utterances; see ``PartWriter``."""
         index = self._reading(lambda seen: seen.index)
         return PartWriter(
-            self.path,
+            self.place,
             self.spec,
+            self.fingerprint,
             known=lambda key: index.find_one(key) >= 0,
             committed=self._mark_stale,
             part_bytes=part_bytes,
