@@ -244,3 +244,99 @@ def test_an_unreadable_part_is_an_error_of_its_own(store, monkeypatch):
     monkeypatch.setattr("mer.cache.reader.open", refuse, raising=False)
     with pytest.raises(StoreError, match=f"Cannot read .*{folder}/zarr.json: Permission"):
         again.refresh()
+
+
+def equal_parts(root: Path) -> Store:
+    """Two parts whose files have the same sizes: clips of one length."""
+    store = Cache(root).open(SPEC, create=True)
+    assert store is not None
+    rng = np.random.default_rng(1)
+    with store.writer() as writer:
+        for number, key in enumerate(KEYS):
+            final = rng.standard_normal((700, 4), dtype=np.float32)
+            code = rng.integers(0, 256, (700, 1), dtype=np.uint8)
+            writer.add(key, 700 + number, {"final": final, "code": code})
+            if number == 2:
+                writer.commit()
+    return store
+
+
+READS = {
+    "final": lambda s, k: s.frames(k, "final"),
+    "code": lambda s, k: s.frames(k, "code"),
+    "pooled": lambda s, k: s.pooled("final", [k]),
+    "length": lambda s, k: s.input_length([k]),
+}
+
+
+def test_exchanged_files_never_give_another_utterances_values(tmp_path):
+    store = equal_parts(tmp_path / "cache")
+    before = {name: [read(store, key) for key in KEYS] for name, read in READS.items()}
+    first, second = (store.path / "parts" / part.id for part in store.parts())
+    exchanged = [name for name in every_file(first) if (second / name).is_file()]
+    assert len(exchanged) == 17
+    noticed = set()
+    for name in exchanged:
+        assert (first / name).stat().st_size == (second / name).stat().st_size
+        a, b = (first / name).read_bytes(), (second / name).read_bytes()
+        (first / name).write_bytes(b)
+        (second / name).write_bytes(a)
+        for what, read in READS.items():
+            for key, expected in zip(KEYS, before[what], strict=True):
+                try:
+                    got = read(Store(store.path), key)
+                except DamagedStoreError:
+                    noticed.add(name)
+                    continue
+                np.testing.assert_array_equal(got, expected)
+        (first / name).write_bytes(a)
+        (second / name).write_bytes(b)
+    holding_data = {name for name in exchanged if "/c/" in name and "offsets" not in name}
+    assert noticed == holding_data | {"zarr.json"}  # all else is equal in both parts
+
+
+def test_exchanged_folders_of_parts_are_noticed(tmp_path):
+    store = equal_parts(tmp_path / "cache")
+    first, second = (store.path / "parts" / part.id for part in store.parts())
+    first.rename(store.path / "x")
+    second.rename(first)
+    (store.path / "x").rename(second)
+    with pytest.raises(DamagedStoreError, match=f"manifest of part {second.name}, not of this"):
+        reopen(store)
+
+
+def test_a_part_of_another_store_is_noticed(store, tmp_path):
+    other = Cache(tmp_path / "other").open(
+        FeatureSpec(slug="test", identity={"name": "another"}, outputs=SPEC.outputs), create=True
+    )
+    assert other is not None
+    with other.writer() as writer:
+        final, code = np.ones((5, 4), np.float32), np.ones((5, 1), np.uint8)
+        writer.add(b"k" * 16, 5, {"final": final, "code": code})
+    part = other.parts()[0].id
+    shutil.copytree(other.path / "parts" / part, store.path / "parts" / part)
+    with pytest.raises(DamagedStoreError, match=f"the fingerprint {other.fingerprint}, not to"):
+        reopen(store)
+
+
+def test_an_old_chunk_in_a_part_is_noticed(tmp_path):
+    """A sound chunk, with its own checksum, that is not the one the manifest lists."""
+    store = equal_parts(tmp_path / "cache")
+    first, second = (
+        store.path / "parts" / part.id / "final/frames/c/0/0" for part in store.parts()
+    )
+    size = 512 * 4 * 2 + 4
+    first.write_bytes(second.read_bytes()[:size] + first.read_bytes()[size:])
+    key = store.readers()[0].keys()[0].tobytes()
+    with pytest.raises(DamagedStoreError, match="Chunk 0 of .* is not the one its part's manifest"):
+        reopen(store).frames(key, "final")
+
+
+def test_a_store_that_lost_its_metadata_gets_it_back_from_the_feature(store):
+    (store.path / "zarr.json").rename(store.path.parent / "taken away")
+    with pytest.raises(DamagedStoreError, match="zarr.json is missing: the store has no metadata"):
+        reopen(store)
+    again = Cache(store.path.parent).open(SPEC, create=True)
+    assert again is not None
+    assert again.contains(KEYS).all()
+    assert again.info().damage == ()
