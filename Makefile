@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-EXTRAS := media,tables,smile,plots,test
+EXTRAS := media,tables,remote,smile,plots,test
 
 .PHONY: demo test test-slow lint bench table clean
 
