@@ -18,7 +18,7 @@ from mer.cache.casting import copy_into
 from mer.cache.spec import OutputSpec
 
 FLOAT16_MAX = 65504.0
-_BLOCK_ELEMENTS = 1 << 16  # 256 KiB of float32
+_BLOCK_ELEMENTS = 1 << 17  # 512 KiB of float32
 _BLOCK_ROWS = 256  # more would cost accuracy of the float32 sums over a block
 _SERIAL_ELEMENTS = 32767  # torch shares larger copies among threads
 _EXACT_WIDTH = 64  # narrower outputs are pooled in float64: they are small
