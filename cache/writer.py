@@ -124,21 +124,13 @@ class PartWriter:
         self,
         place: Place,
         spec: FeatureSpec,
-        fingerprint: str | None = None,  # TRANSITION
-        known: Callable[[bytes], bool] = lambda key: False,  # TRANSITION
-        committed: Callable[[], None] = lambda: None,  # TRANSITION
+        fingerprint: str,
+        known: Callable[[bytes], bool],
+        committed: Callable[[], None],
         part_bytes: int = 64 << 20,
         part_seconds: float = 30.0,
         content_ids: bool = False,
     ) -> None:
-        if not hasattr(place, "publish"):  # TRANSITION until Store.writer passes a place
-            from mer.cache.place import LocalPlace
-
-            place = LocalPlace(place)  # type: ignore
-        if fingerprint is None:  # TRANSITION
-            from mer.cache.identity import fingerprint as of_identity
-
-            fingerprint = of_identity(spec.identity)
         self._place = place
         self._spec = spec
         self._fingerprint = fingerprint
