@@ -36,8 +36,10 @@ def copy_into(out: np.ndarray, frames: np.ndarray) -> None:
 
     float16 to float32 is exact; the other way rounds to nearest even, infinite beyond 65504.
     """
-    differs = out.dtype != frames.dtype
-    torch = sys.modules.get("torch") if differs and frames.size >= _WORTH_TORCH else None
+    if out.dtype == frames.dtype:
+        out[...] = frames
+        return
+    torch = sys.modules.get("torch") if frames.size >= _WORTH_TORCH else None
     from_numpy = getattr(torch, "from_numpy", None)  # None while torch is being imported
     if from_numpy is None or not _both_floats(out, frames):
         with np.errstate(over="ignore"):
