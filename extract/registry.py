@@ -49,6 +49,7 @@ EXTRACTORS: dict[str, tuple[str, dict[str, str]]] = {
     "roberta": (TEXT, {}),
     "roberta-base": (TEXT, {"model": "FacebookAI/roberta-base"}),
     "roberta-large": (TEXT, {"model": "FacebookAI/roberta-large"}),
+    "imported": ("mer.extract.imported:Imported", {}),
 }
 ENTRY_POINT_GROUP = "mer.extractors"
 

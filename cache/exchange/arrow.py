@@ -105,7 +105,7 @@ def _schema(source: Outgoing) -> Any:
         pa.field("input_length", pa.int64(), nullable=False),
     ]
     for output in source.outputs:
-        value = pa.from_numpy_dtype(source.dtype(output.name))
+        value = pa.from_numpy_dtype(source.one_type(output.name))
         fields.append(pa.field(output.name, pa.list_(pa.list_(value, output.dim))))
     return pa.schema(fields, metadata={"mer": source.provenance_json})
 

@@ -57,7 +57,7 @@ def write_flat(source: Outgoing, target: Path, overwrite: bool) -> list[Path]:
             _describe(group, output.rate_hz, output.kind)
             group["offsets"] = offsets
             shape = (int(offsets[-1]), output.dim)
-            frames = group.create_dataset("frames", shape, source.dtype(output.name))
+            frames = group.create_dataset("frames", shape, source.one_type(output.name))
             for place, values in source.scan(output.name):
                 if len(values):
                     frames[offsets[place] : offsets[place + 1]] = values

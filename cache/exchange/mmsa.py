@@ -75,7 +75,7 @@ def write(
         No labels, an unknown modality or split, several outputs, or codes.
     """
     streams = {modality: source}
-    for name, (store, output, ids) in (also or {}).items():
+    for name, (store, output, its_ids) in (also or {}).items():
         if name in streams:
             raise UsageError(f"Two stores are given for the modality {name!r}.")
         streams[name], _ = select(store, its_ids, [store.output(output).name])
@@ -157,7 +157,7 @@ def _add_features(
     cut = sum(lengths[name] > rows for ids in splits.values() for name in ids)
     if cut:
         stream.notes.append(f"{cut} utterances are cut to {rows} frames.")
-    kind = stream.dtype(output.name)
+    kind = stream.one_type(output.name)
     for split, ids in splits.items():
 
         def blocks(ids: Sequence[str] = ids) -> Iterable[np.ndarray]:

@@ -111,17 +111,22 @@ class Outgoing:
 
     def dtype(self, output: str) -> np.dtype:
         """Return the type that holds every part's values: float32 as soon as one part needs it."""
-        kinds = {part.dtype(output) for part in self.store.readers()}
-        kinds = kinds or {layout.little(self.store.spec.output(output).dtype)}
-        widest = max(kinds, key=lambda kind: kind.itemsize)
-        if len(kinds) > 1:
+        return max(self._dtypes(output), key=lambda kind: kind.itemsize)
+
+    def one_type(self, output: str) -> np.dtype:
+        """Return the same for layouts that have one type for all; says so where it widens."""
+        if len(self._dtypes(output)) > 1:
             note = (
                 f"Output {output!r} is stored as float16 and, where that would overflow, as "
                 "float32; here all of it is float32, value for value."
             )
             if note not in self.notes:
                 self.notes.append(note)
-        return widest
+        return self.dtype(output)
+
+    def _dtypes(self, output: str) -> set[np.dtype]:
+        kinds = {part.dtype(output) for part in self.store.readers()}
+        return kinds or {layout.little(self.store.spec.output(output).dtype)}
 
     def scan(self, output: str) -> Iterator[tuple[int, np.ndarray]]:
         """Yield the place of each utterance and its frames (T, D) in the stored type."""
