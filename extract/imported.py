@@ -26,7 +26,7 @@ class Imported(Extractor):
     Parameters
     ----------
     spec : FeatureSpec
-        Its identity: name, format, content and outputs.
+        Its identity: name, format, content, modality and outputs.
     """
 
     def __init__(self, spec: FeatureSpec) -> None:
@@ -45,7 +45,11 @@ class Imported(Extractor):
             )
         modality = check_choice(name, "modality", merged["modality"], ("audio", "text"))
         spec = imported_spec(
-            merged["name"], merged["format"], merged["content"], parse_outputs(merged["outputs"])
+            merged["name"],
+            merged["format"],
+            merged["content"],
+            parse_outputs(merged["outputs"]),
+            modality=modality,
         )
         kind = ImportedText if modality == "text" else cls
         return kind(spec)  # type: ignore[return-value]

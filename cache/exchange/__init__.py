@@ -222,6 +222,7 @@ def import_(
         cache,
         name=name,
         format=format,
+        options=options,
         file=source.name,
         keys=keys,
         licence=licence,

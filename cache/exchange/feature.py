@@ -3,9 +3,10 @@
 An import knows bytes and nothing of the model that made them. So its identity is those bytes and
 how they were read, under a name that the user gives: never a model, a revision or a layer.
 
-``imported:name=NAME,format=FORMAT,content=HEX,outputs=OUTPUT[,OUTPUT…]`` says all of it. An OUTPUT
-is ``NAME/DIM/DTYPE/KIND/RATE/CODES``, the last fields left out where they are usual: frames of
-float16 at no even rate.
+``imported:name=NAME,format=FORMAT,content=HEX,outputs=OUTPUT[,OUTPUT…]`` says all of it, and
+``modality=text`` where keys are those of transcripts. FORMAT holds the options that the format was
+read with, ``;KEY=VALUE`` each. An OUTPUT is ``NAME/DIM/DTYPE/KIND/RATE/CODES``, fields left empty
+where they are usual: frames of float16 at no even rate.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
+from urllib.parse import quote
 
 from mer.cache import layout
 from mer.cache.errors import UsageError
@@ -34,6 +36,7 @@ def imported_spec(
     content: str,
     outputs: Sequence[OutputSpec],
     *,
+    modality: str = "audio",
     licence: str | None = None,
     source: Mapping[str, Any] | None = None,
 ) -> FeatureSpec:
@@ -44,11 +47,13 @@ def imported_spec(
     name : str
         The user's name for the features.
     format : str
-        Layout they were read from.
+        Layout they were read from, as `format_field` writes it.
     content : str
         32 hex digits over the bytes of the files.
     outputs : sequence of OutputSpec
         As they are stored; part of the identity, because a narrower type changes values.
+    modality : {"audio", "text"}
+        Whether keys are those of recordings or of transcripts.
     licence, source : optional
         Notes that are kept and not hashed.
 
@@ -75,6 +80,7 @@ def imported_spec(
                 "name": name,
                 "format": format,
                 "content": content,
+                "modality": modality,
                 "outputs": [output_field(output) for output in outputs],
             },
         },
@@ -84,7 +90,7 @@ def imported_spec(
     )
 
 
-def feature_string(spec: FeatureSpec, modality: str = "audio") -> str:
+def feature_string(spec: FeatureSpec) -> str:
     """Return the feature string of an imported store.
 
     Examples
@@ -96,9 +102,21 @@ def feature_string(spec: FeatureSpec, modality: str = "audio") -> str:
     options = spec.identity["options"]
     pieces = [f"{key}={options[key]}" for key in ("name", "format", "content")]
     pieces.append("outputs=" + ",".join(options["outputs"]))
-    if modality != "audio":
-        pieces.append(f"modality={modality}")
+    if options["modality"] != "audio":
+        pieces.append(f"modality={options['modality']}")
     return f"{EXTRACTOR}:" + ",".join(pieces)
+
+
+def format_field(format: str, options: Mapping[str, Any]) -> str:
+    """Return a format with the options it was read with: they decide which values an id has.
+
+    Examples
+    --------
+    >>> format_field("conversations", {"pattern": "dia{dialogue},{turn}"})
+    'conversations;pattern=dia{dialogue}%2C{turn}'
+    """
+    given = [f";{name}={quote(str(options[name]), safe='{}._-')}" for name in sorted(options)]
+    return format + "".join(given)
 
 
 def output_field(output: OutputSpec) -> str:

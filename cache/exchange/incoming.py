@@ -24,6 +24,7 @@ from mer.cache import layout
 from mer.cache.errors import UsageError
 from mer.cache.exchange.feature import (
     feature_string,
+    format_field,
     imported_spec,
     output_field,
     parse_outputs,
@@ -147,6 +148,7 @@ def bring_in(
     *,
     name: str,
     format: str,
+    options: Mapping[str, Any],
     file: str,
     keys: Mapping[str, bytes] | None = None,
     licence: str | None = None,
@@ -170,9 +172,10 @@ def bring_in(
     claims = _claims(incoming.claims)
     spec = imported_spec(
         name,
-        format,
+        format_field(format, options),
         content,
         specs,
+        modality=modality,
         licence=licence if licence is not None else claims.get("licence"),
         source={
             "note": f"imported from {file}, extractor unknown",
@@ -214,7 +217,7 @@ def bring_in(
         raise UsageError(f"Nothing of {file} can be imported. {_some(skipped)}")
     return ImportReport(
         store=store,
-        feature=feature_string(spec, modality),
+        feature=feature_string(spec),
         format=format,
         utterances=len(incoming.ids),
         added=added,

@@ -175,25 +175,18 @@ def _add_features(
 # -- reading ---------------------------------------------------------------------------------------
 
 
-def read(path: Path, *, padding: str = "cut") -> Incoming:
+def read(path: Path) -> Incoming:
     """Find the utterances of a feature pickle; every modality is an output.
 
     An utterance is cut to its length where the file has lengths: behind its end, or, where the
     padding turns out to lie in front, before its beginning. Without lengths it is as long as the
     array, and a note says so.
 
-    Parameters
-    ----------
-    padding : {"cut", "keep"}
-        Whether padding is taken off.
-
     Raises
     ------
     UsageError
         The file is refused by ``mer.cache.restricted``, or is no such pickle.
     """
-    if padding not in ("cut", "keep"):
-        raise UsageError(f"padding={padding}, expected cut or keep.")
     data = load(path)
     splits = {
         str(split): part
@@ -215,7 +208,7 @@ def read(path: Path, *, padding: str = "cut") -> Incoming:
             if name != _TOKENS and len(ids[split]) and _is_features(values, len(ids[split]))
         ]
         for name in modalities[split]:
-            if padding == "cut" and f"{name}_lengths" not in part and name != "text":
+            if f"{name}_lengths" not in part and not (name == "text" and _TOKENS in part):
                 notes.append(f"{split}: {name} has no lengths, so its padding was kept.")
 
     def reader(wanted: Wanted) -> Iterator[Utterance | Skipped]:
@@ -226,10 +219,7 @@ def read(path: Path, *, padding: str = "cut") -> Incoming:
                 try:
                     yield Utterance(
                         name,
-                        {
-                            output_name(m): _frames(part, m, n, padding == "cut")
-                            for m in modalities[split]
-                        },
+                        {output_name(m): _frames(part, m, n) for m in modalities[split]},
                     )
                 except (TypeError, ValueError, IndexError) as error:
                     yield Skipped(name, str(error))
@@ -254,9 +244,9 @@ def _is_features(values: Any, count: int) -> bool:
     return False
 
 
-def _frames(part: Mapping[str, Any], modality: str, n: int, cutting: bool) -> np.ndarray:
+def _frames(part: Mapping[str, Any], modality: str, n: int) -> np.ndarray:
     frames = np.asarray(part[modality][n])
-    if not cutting or frames.ndim != 2:
+    if frames.ndim != 2:
         return frames
     if f"{modality}_lengths" in part:
         length = int(part[f"{modality}_lengths"][n])
