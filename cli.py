@@ -789,7 +789,8 @@ def cache_cp(source: str, target: str, cache_url: str | None, as_json: bool) -> 
     """Copy SOURCE, a store or all stores of a cache, into the cache TARGET.
 
     What TARGET has already is skipped, so that an interrupted copy goes on where it was. Every byte
-    is checked before it becomes visible.
+    is checked before it becomes visible; what is damaged is left out and named, and the exit code
+    is 4.
     """
     from mer.cache.transfer import copy
     from mer.pipelines.caching import copy_result, copy_text, find_stores, num_bytes
@@ -800,7 +801,9 @@ def cache_cp(source: str, target: str, cache_url: str | None, as_json: bool) -> 
         reports = [copy(store, into, progress=progress) for store in sources]
     result = copy_result(reports)
     _emit(result, as_json, lambda: copy_text(result))
-    return 0
+    for reason in result["damaged"]:
+        click.echo(f"damaged, not copied: {reason}", err=True)
+    return 4 if result["damaged"] else 0
 
 
 @cache.command(
@@ -813,13 +816,25 @@ Examples:
 )
 @click.argument("store")
 @click.argument("target", type=click.Path(path_type=Path))
-@click.option("--format", "layout", required=True, metavar="FORMAT", help="Layout to write.")
+@click.option(
+    "--format",
+    "layout",
+    required=True,
+    metavar="FORMAT",
+    help="hdf5, hdf5-utterances, npy, safetensors, parquet, arrow or mmsa.",
+)
 @click.option(
     "--output", "outputs", multiple=True, metavar="NAME", help="Only this output; repeatable."
 )
 @dataset_option
 @root_option
 @click.option("--overwrite", is_flag=True, help="Replace TARGET if it exists.")
+@click.option(
+    "--also",
+    multiple=True,
+    metavar="MODALITY=STORE[#OUTPUT]",
+    help="Further modality of an MMSA pickle; repeatable.",
+)
 @format_option
 @cache_option
 @json_option
@@ -831,6 +846,7 @@ def cache_export(
     dataset: str | None,
     root: Path | None,
     overwrite: bool,
+    also: tuple[str, ...],
     options: tuple[str, ...],
     cache_url: str | None,
     as_json: bool,
@@ -840,12 +856,13 @@ def cache_export(
     With --dataset its utterances are written under their ids; without, all under their keys.
     """
     from mer.cache.exchange import export
-    from mer.pipelines.caching import export_result, export_text, find_store, parse_options
+    from mer.pipelines.caching import export_options, export_result, export_text, find_store
 
     opened = _cache(cache_url)
     found = find_store(store, opened)
     keys = _keys_of(dataset, root, opened)
-    ids = None if keys is None else keys.utterances()
+    ids = None if keys is None else keys.utterances_of(found)
+    chosen = export_options(layout, options, also, keys, opened)
     with _counting("export", len(ids) if ids else len(found), "{:,}".format) as progress:
         report = export(
             found,
@@ -855,7 +872,7 @@ def cache_export(
             outputs=outputs or None,
             overwrite=overwrite,
             progress=progress,
-            **parse_options(options),
+            **chosen,
         )
     failures = () if keys is None else keys.failures
     _show_failures(failures)
@@ -873,7 +890,13 @@ Examples:
 """,
 )
 @click.argument("source", type=click.Path(path_type=Path, exists=True))
-@click.option("--format", "layout", required=True, metavar="FORMAT", help="Layout to read.")
+@click.option(
+    "--format",
+    "layout",
+    required=True,
+    metavar="FORMAT",
+    help="hdf5, npy, safetensors, parquet, arrow, emotion2vec, pt, mmsa or conversations.",
+)
 @click.option("--name", required=True, help="What to call the feature.")
 @dataset_option
 @root_option

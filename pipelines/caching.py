@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from mer.cache.store import Store, StoreInfo
     from mer.cache.transfer import CopyReport
     from mer.cache.verify import VerifyReport
+    from mer.pipelines.manifest import Manifest
 
 Modality = Literal["audio", "text"]
 
@@ -41,18 +42,23 @@ class DatasetKeys:
 
     Parameters
     ----------
-    name : str
-        The data set's.
+    manifest : Manifest
+        The data set.
     audio, text : mapping of str to bytes
         Utterance id to key, for those that have sound or words.
     failures : tuple of Failure
         Utterances whose recording cannot be read.
     """
 
-    name: str
+    manifest: Manifest
     audio: Mapping[str, bytes]
     text: Mapping[str, bytes]
     failures: tuple[Failure, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Name of the data set."""
+        return self.manifest.name
 
     def used(self) -> set[bytes]:
         """Return every key that the data set reads.
@@ -78,11 +84,21 @@ class DatasetKeys:
 
     def utterances(self) -> dict[bytes, list[str]]:
         """Return the ids behind each key, in the data set's order; twins share one."""
-        found: dict[bytes, list[str]] = {}
-        for keys in (self.audio, self.text):
-            for name, key in keys.items():
-                found.setdefault(key, []).append(name)
-        return found
+        return {**_by_key(self.text), **_by_key(self.audio)}
+
+    def utterances_of(self, store: Store) -> dict[bytes, list[str]]:
+        """Return the same of the modality that a store holds."""
+        audio, text = (_by_key(keys) for keys in (self.audio, self.text))
+        of_words = text and store.contains(list(text)).any()
+        of_sound = audio and store.contains(list(audio)).any()
+        return text if (of_words and not of_sound) or not audio else audio
+
+
+def _by_key(keys: Mapping[str, bytes]) -> dict[bytes, list[str]]:
+    found: dict[bytes, list[str]] = {}
+    for name, key in keys.items():
+        found.setdefault(key, []).append(name)
+    return found
 
 
 def dataset_keys(
@@ -112,7 +128,7 @@ def dataset_keys(
     manifest = corpora.load(dataset, root)
     resolved = resolve(sources_of(manifest), cache.root, workers=workers, progress=progress)
     failures = tuple(resolved.failures)
-    return DatasetKeys(manifest.name, resolved.audio_keys, resolved.text_keys, failures)
+    return DatasetKeys(manifest, resolved.audio_keys, resolved.text_keys, failures)
 
 
 def utterance_keys(
@@ -388,7 +404,8 @@ def usage_text(result: Mapping[str, Any]) -> str:
 
 def copy_result(reports: Sequence[CopyReport]) -> dict[str, Any]:
     """Return what `mer cache cp` did."""
-    return {"stores": [plain(report) for report in reports]}
+    damaged = [reason for report in reports for reason in report.damaged]
+    return {"stores": [plain(report) for report in reports], "damaged": damaged}
 
 
 def copy_text(result: Mapping[str, Any]) -> str:
@@ -508,7 +525,7 @@ def _failures(failures: Sequence[Failure]) -> list[dict[str, Any]]:
     return [{"utterance": f.utterance, "reason": f.reason} for f in failures]
 
 
-def parse_options(pairs: Sequence[str]) -> dict[str, str]:
+def parse_options(pairs: Sequence[str], option: str = "--option") -> dict[str, str]:
     """Return ``KEY=VALUE`` pairs as a mapping.
 
     Raises
@@ -520,6 +537,75 @@ def parse_options(pairs: Sequence[str]) -> dict[str, str]:
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key.strip():
-            raise UsageError(f"--option {pair!r} is not KEY=VALUE.")
+            raise UsageError(f"{option} {pair!r} is not KEY=VALUE.")
         options[key.strip()] = value.strip()
     return options
+
+
+def mmsa_labels(manifest: Manifest) -> dict[str, dict[str, Any]]:
+    """Return what an MMSA pickle says of each utterance besides its features.
+
+    ``label`` becomes the annotation, and the regression label where it is a number; further labels
+    count under MMSA's own names (``label:regression_label_T`` …, ``label:classification_label``).
+    """
+    labels: dict[str, dict[str, Any]] = {}
+    for utterance in manifest.utterances:
+        row: dict[str, Any] = {
+            "split": utterance.split,
+            "annotation": utterance.label,
+            "raw_text": utterance.text,
+            "regression_label": _number(utterance.label),
+        }
+        for name, value in utterance.labels.items():
+            if name.startswith("regression_label"):
+                row[name] = _number(value)
+            elif name == "classification_label":
+                number = _number(value)
+                row[name] = None if number is None else int(number)
+        labels[utterance.id] = row
+    return labels
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return None
+
+
+def export_options(
+    format: str,
+    options: Sequence[str],
+    also: Sequence[str],
+    keys: DatasetKeys | None,
+    cache: Cache,
+) -> dict[str, Any]:
+    """Return the options of a format: those given, and what MMSA's takes from the data set.
+
+    Parameters
+    ----------
+    options : sequence of str
+        ``KEY=VALUE``.
+    also : sequence of str
+        ``MODALITY=STORE`` or ``MODALITY=STORE#OUTPUT``.
+
+    Raises
+    ------
+    UsageError
+        A pair that is none, a store that is not there, or no data set where one is needed.
+    """
+    chosen: dict[str, Any] = dict(parse_options(options))
+    if format == "mmsa":
+        if keys is None:
+            raise UsageError("An MMSA pickle holds splits and labels: name the --dataset.")
+        chosen["labels"] = mmsa_labels(keys.manifest)
+    if also:
+        if keys is None:
+            raise UsageError("--also goes with --dataset, which says whose utterances they are.")
+        streams = {}
+        for modality, place in parse_options(also, "--also").items():
+            name, _, output = place.partition("#")
+            store = find_store(name, cache)
+            streams[modality] = (store, output or None, keys.utterances_of(store))
+        chosen["also"] = streams
+    return chosen

@@ -19,11 +19,12 @@ import soundfile
 from victims import Victims
 
 from mer.cache.home import Cache
+from mer.cache.verify import verify
 
 RATE_HZ = 16_000
 FEATURE = "logmel:n_mels=20"
-KILLS = 32  # at random moments, per command
-AT_CALLS = 24  # before a call, per command
+KILLS = 30  # at random moments, per command
+AT_CALLS = 15  # before a call, per command
 
 Content = dict[str, dict[bytes, tuple[bytes, ...]]]
 
@@ -132,7 +133,11 @@ def doubled(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module", params=["extract"])
+def copying(source: Path) -> Callable[[Path], None]:
+    return lambda root: shutil.copytree(source, root) and None
+
+
+@pytest.fixture(scope="module", params=["extract", "gc", "cp"])
 def scenario(
     request: pytest.FixtureRequest, manifest: Path, finished: Path, doubled: Path
 ) -> Scenario:
@@ -140,6 +145,8 @@ def scenario(
         "extract": Scenario(
             "extract", lambda root: None, {"manifest": manifest, "feature": FEATURE}
         ),
+        "gc": Scenario("gc", copying(doubled), {}, grows=False),
+        "cp": Scenario("cp", lambda root: None, {"source": doubled}),
     }
     return scenarios[request.param]
 
@@ -155,6 +162,7 @@ def reference(
     assert done["status"] == 0
     assert stored_twice(root) == 0
     assert leftovers(root) == []
+    assert not list(root.glob("*.quarantine"))
     return content_of(root), done["seconds"], done["calls"]
 
 
@@ -184,12 +192,18 @@ class Series:
         return done["status"] == -9
 
     def finish(self) -> None:
-        """Run the command to its end and compare."""
+        """Run the command to its end, tidy up, and compare after both."""
         done = self.victims.run(self.scenario.do, cache=self.root, **self.scenario.arguments)
         assert done["status"] == 0
         assert content_of(self.root) == self.reference
         assert stored_twice(self.root) == 0
+        # A command that finds nothing to do sweeps nothing.
+        assert self.victims.run("gc", cache=self.root)["status"] == 0
+        assert content_of(self.root) == self.reference
         assert leftovers(self.root) == []
+        found = verify(Cache(self.root).stores())
+        assert not found.corrupt
+        assert found.utterances == sum(map(len, self.reference.values()))
 
 
 def test_kills_at_random_moments_lose_nothing(
@@ -211,15 +225,19 @@ def test_kills_at_random_moments_lose_nothing(
         assert number < KILLS, "most runs end before they are killed"
 
 
+@pytest.mark.parametrize(
+    "all_of_them", [False, pytest.param(True, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
+)
 def test_kills_before_calls_to_the_file_system_lose_nothing(
     scenario: Scenario,
     victims: Victims,
     reference: tuple[Content, float, int],
     tmp_path: Path,
+    all_of_them: bool,
 ) -> None:
     content, _, calls = reference
-    chosen = np.random.default_rng(1).permutation(calls)[:AT_CALLS] + 1
-    for number in sorted(chosen.tolist()):
+    chosen = np.random.default_rng(1).permutation(calls) + 1
+    for number in chosen[: None if all_of_them else AT_CALLS].tolist():
         series = Series(scenario, victims, content, tmp_path / f"{number}")
         series.kill(call=number)
         series.finish()

@@ -92,7 +92,7 @@ class Victims:
 
 def extract(manifest: str, cache: str, feature: str) -> None:
     """Like `mer extract`, with small parts."""
-    from mer.cache.store import Cache
+    from mer.cache.home import Cache
     from mer.pipelines.extraction import extract as run
     from mer.pipelines.manifest import read_manifest
 
@@ -102,7 +102,40 @@ def extract(manifest: str, cache: str, feature: str) -> None:
     assert not result.report.failures
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"extract": extract}
+def gc(cache: str) -> None:
+    """Like `mer cache gc`."""
+    from mer.cache.collect import plan, run
+    from mer.cache.home import Cache
+
+    report = run(plan(Cache(cache)))
+    assert not report.notes, report.notes
+
+
+def cp(source: str, cache: str) -> None:
+    """Like `mer cache cp`."""
+    from mer.cache.home import Cache
+    from mer.cache.transfer import copy
+
+    for store in Cache(source).stores():
+        report = copy(store, Cache(cache))
+        assert not report.damaged, report.damaged
+
+
+def import_(source: str, format: str, cache: str) -> None:
+    """Like `mer cache import`."""
+    from mer.cache.exchange import import_ as bring
+    from mer.cache.home import Cache
+
+    report = bring(Path(source), format, Cache(cache), name="theirs")
+    assert not report.skipped, report.skipped
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "extract": extract,
+    "gc": gc,
+    "cp": cp,
+    "import": import_,
+}
 
 
 # -- the process that forks ------------------------------------------------------------------------
@@ -153,8 +186,10 @@ def _child(request: dict[str, Any], answer: int) -> int:
 def _serve() -> None:
     import torch
 
+    # What children would import.
+    from mer.cache import collect, transfer, verify  # noqa: F401
     from mer.cache.store import Store
-    from mer.extract import engine, logmel  # noqa: F401 - what children would import
+    from mer.extract import engine, logmel  # noqa: F401
     from mer.pipelines import caching, extraction  # noqa: F401
 
     torch.set_num_threads(1)
