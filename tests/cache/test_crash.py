@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -15,10 +17,11 @@ import numpy as np
 import pytest
 
 from mer.cache import staging
-from mer.cache import writer as writer_module
 from mer.cache.errors import StorageFullError, StoreError
+from mer.cache.part import PartFolder
 from mer.cache.spec import FeatureSpec, OutputSpec
 from mer.cache.store import Cache, Store
+from mer.cache.writer import PartWriter
 
 SPEC = FeatureSpec(
     slug="crash",
@@ -70,18 +73,18 @@ def temporary(store: Store) -> list[str]:
 
 def test_what_is_added_during_a_commit_waits_for_the_next_part(tmp_path, monkeypatch):
     store = opened(tmp_path)
-    real, late = writer_module._Files.array, []
+    real, late = PartFolder.shard, []
 
-    def array(self, name, values, dtype):
-        real(self, name, values, dtype)
-        if not late:  # the keys of the part are written, nothing else is
+    def shard(self, *args):
+        if not late:  # nothing of the part is written yet
             frames = np.zeros((100, 8), np.float32)
             adding = (number(2), 2, {"final": frames})
             late.append(threading.Thread(target=writer.add, args=adding))
             late[0].start()
             late[0].join(0.2)
+        return real(self, *args)
 
-    monkeypatch.setattr(writer_module._Files, "array", array)
+    monkeypatch.setattr(PartFolder, "shard", shard)
     with store.writer() as writer:
         writer.add(number(1), 1, {"final": np.zeros((100, 8), np.float32)})
         writer.commit()
@@ -155,23 +158,42 @@ def test_a_full_disk_keeps_earlier_parts_and_leaves_nothing_behind(
     assert len(opened(tmp_path)) == 3
 
 
-def test_after_a_full_disk_the_writer_accepts_nothing(tmp_path, monkeypatch):
+def full(path: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("call", ["add", "commit"])
+def test_a_full_disk_in_the_background_surfaces_at_the_next_call(tmp_path, monkeypatch, call):
     store = opened(tmp_path)
-
-    def full(path):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
+    frames = {"final": np.zeros((1, 8), np.float32)}
     with store.writer(part_bytes=1) as writer:
-        frames = {"final": np.zeros((1, 8), np.float32)}
         with monkeypatch.context() as patch:
             patch.setattr(staging, "_sync", full)
+            writer.add(number(0), 1, frames)
             with pytest.raises(StorageFullError, match="free some space"):
-                writer.add(bytes(16), 1, frames)
+                writer.add(number(1), 1, frames) if call == "add" else writer.commit()
         with pytest.raises(StoreError, match="failed before; open a new writer"):
-            writer.add(bytes(16), 1, frames)
+            writer.add(number(1), 1, frames)
+        with pytest.raises(StoreError, match="failed before; open a new writer"):
+            writer.commit()
     assert len(store) == 0
     add(store, 0)
     assert len(store) == 1
+
+
+def test_a_full_disk_in_the_background_surfaces_on_leaving(tmp_path, monkeypatch):
+    store = opened(tmp_path)
+
+    def extract() -> None:
+        with store.writer(part_bytes=1) as writer:
+            writer.add(number(0), 1, {"final": np.zeros((1, 8), np.float32)})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(staging, "_sync", full)
+        with pytest.raises(StorageFullError, match="free some space"):
+            extract()
+    assert len(opened(tmp_path)) == 0
+    assert temporary(store) == []
 
 
 def test_a_full_disk_while_creating_leaves_no_store(tmp_path, monkeypatch):
@@ -205,26 +227,73 @@ def test_a_read_only_cache_is_readable_and_says_why_it_cannot_be_written(
         opened(tmp_path / "new")
 
 
-def test_ctrl_c_during_a_commit_commits_on_the_way_out(tmp_path, monkeypatch):
-    store = opened(tmp_path)
-    real = os.fsync
-    interrupts = iter([KeyboardInterrupt("second line")])
+def interrupted_at_fsync(monkeypatch: pytest.MonkeyPatch, times: int) -> threading.Event:
+    """Send Ctrl-C to the main thread at each of the first syncs; wait there until it was caught."""
+    main = threading.main_thread().ident
+    assert main is not None
+    real, lock, caught = os.fsync, threading.Lock(), threading.Event()
+    left = iter(range(times))
 
-    def interrupted(descriptor):
-        error = next(interrupts, None)
-        if error is not None:
-            raise error
+    def fsync(descriptor):
+        with lock:
+            if next(left, None) is not None:
+                signal.pthread_kill(main, signal.SIGINT)
+                assert caught.wait(60)
+                caught.clear()
         real(descriptor)
 
-    monkeypatch.setattr(os, "fsync", interrupted)
+    monkeypatch.setattr(os, "fsync", fsync)
+    return caught
+
+
+def test_ctrl_c_during_a_commit_commits_on_the_way_out(tmp_path, monkeypatch):
+    store = opened(tmp_path)
+    caught = interrupted_at_fsync(monkeypatch, 1)
 
     def work() -> None:
-        with store.writer(part_bytes=1) as writer:
-            writer.add(bytes(16), 1, {"final": np.ones((5, 8), np.float32)})
+        with store.writer() as writer:
+            writer.add(number(0), 1, {"final": np.ones((5, 8), np.float32)})
+            try:
+                writer.commit()
+            except KeyboardInterrupt:
+                caught.set()
+                raise
 
-    with pytest.raises(KeyboardInterrupt, match="second line"):
+    with pytest.raises(KeyboardInterrupt, match="^$"):
         work()
-    assert store.contains([bytes(16)]).all()
+    assert store.contains([number(0)]).all()
+    assert temporary(store) == []
+
+
+def test_a_second_ctrl_c_leaves_at_once_and_the_part_is_still_finished(tmp_path, monkeypatch):
+    store = opened(tmp_path)
+    caught = interrupted_at_fsync(monkeypatch, 2)
+    real, leaving = PartWriter._land, threading.Event()
+
+    def land(self):
+        if leaving.is_set():  # let the second come while the context waits for the part
+            caught.set()
+        real(self)
+
+    monkeypatch.setattr(PartWriter, "_land", land)
+
+    def work() -> None:
+        with store.writer() as writer:
+            writer.add(number(0), 1, {"final": np.ones((5, 8), np.float32)})
+            try:
+                writer.commit()
+            except KeyboardInterrupt:
+                leaving.set()
+                raise
+
+    with pytest.raises(KeyboardInterrupt, match="^$"):
+        work()
+    assert not store.contains([number(0)]).any()
+    caught.set()
+    for thread in threading.enumerate():
+        if thread.name == "mer-part":
+            thread.join()
+    assert store.contains([number(0)]).all()
     assert temporary(store) == []
 
 
@@ -237,16 +306,137 @@ def leftover(store: Store, name: str, owner: dict[str, object] | None, age_s: fl
     os.utime(folder, (then, then))
 
 
+def gone() -> int:
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    return child.pid
+
+
+def named(host: str, pid: int, started: int) -> str:
+    return f"{host}-{pid}-{started}-{os.urandom(8).hex()}"
+
+
 def test_only_abandoned_temporary_folders_are_swept(tmp_path):
     store = opened(tmp_path)
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
+    here, there, day = staging._host_digest(), "0" * 16, staging.ABANDONED_S
+    me, started = os.getpid(), staging._process(os.getpid())[1]
+    stay = [
+        named(here, me, started),
+        named(here, me, 0),  # where the start of a process is not known
+        named(there, gone(), 1),
+    ]
+    for name in stay:
+        leftover(store, name, None)
+    living = named(here, me, started)
+    leftover(store, living, None, day + 60)
+    leftover(store, named(here, gone(), 1), None)
+    leftover(store, named(here, me, started + 1), None)  # the id now belongs to another process
+    leftover(store, named(there, me, started), None, day + 60)
+    with store.writer():
+        assert temporary(store) == sorted([*stay, living])
+
+
+def test_leftovers_of_the_first_release_are_swept(tmp_path):
+    store = opened(tmp_path)
     here, day = staging._host(), staging.ABANDONED_S
-    leftover(store, "dead", {"host": here, "pid": gone.pid})
+    leftover(store, "dead", {"host": here, "pid": gone()})
     leftover(store, "alive", {"host": here, "pid": os.getpid()})
-    leftover(store, "elsewhere", {"host": "another", "pid": gone.pid})
-    leftover(store, "elsewhere-old", {"host": "another", "pid": gone.pid}, day + 60)
+    leftover(store, "elsewhere", {"host": "another", "pid": gone()})
+    leftover(store, "elsewhere-old", {"host": "another", "pid": gone()}, day + 60)
     leftover(store, "being-made", None)
     leftover(store, "unowned-old", None, day + 60)
     with store.writer():
         assert temporary(store) == ["alive", "being-made", "elsewhere"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs procfs")
+def test_a_zombie_is_not_alive():
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # dead, and not reaped
+    assert not staging._is_alive(child.pid)
+    child.wait()
+
+
+KILLED = """
+import os, shutil, signal, sys
+from pathlib import Path
+from mer.cache import staging
+def die(path, *args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+{patch} = die
+{do}
+"""
+
+
+@pytest.mark.parametrize("moment", ["os.rename", "shutil.rmtree"])
+def test_a_removal_that_is_killed_is_finished_by_the_next_sweep(tmp_path, moment):
+    store = opened(tmp_path)
+    add(store, 1, 2)
+    part = store.path / "parts" / store.parts()[0].id
+    do = f"staging.remove_folder(Path({str(store.path)!r}), Path({str(part)!r}))"
+    code = KILLED.format(patch=moment, do=do)
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
+    assert len(temporary(store)) == 1
+    assert len(opened(tmp_path)) == (2 if moment == "os.rename" else 0)
+    staging.sweep(store.path)
+    assert not staging.temporary_folder(store.path).exists()
+
+
+def test_a_sweep_that_is_killed_is_finished_by_the_next(tmp_path):
+    store = opened(tmp_path)
+    name = named(staging._host_digest(), gone(), 1)
+    leftover(store, name, None)
+    folder = staging.temporary_folder(store.path) / name
+    for file in ("a", "b", "c"):
+        (folder / "content" / file).touch()
+    half = (
+        "real = os.unlink\n"
+        "def unlink(path, *args, **kwargs):\n"
+        "    real(path, *args, **kwargs)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "os.unlink = unlink\n"
+    )
+    do = f"staging.sweep(Path({str(store.path)!r}))"
+    code = KILLED.format(patch="ignored", do=half + do)
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
+    assert len(os.listdir(folder / "content")) == 2
+    staging.sweep(store.path)
+    assert not staging.temporary_folder(store.path).exists()
+
+
+def test_removing_hides_a_folder_before_anything_of_it_is_deleted(tmp_path, monkeypatch):
+    store = opened(tmp_path)
+    add(store, 1)
+    part = store.path / "parts" / store.parts()[0].id
+    real, seen = shutil.rmtree, []
+
+    def rmtree(path, *args, **kwargs):
+        seen.append((part.exists(), (Path(path) / "content" / "zarr.json").exists()))
+        real(path, *args, **kwargs)
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    assert staging.remove_folder(store.path, part)
+    assert seen == [(False, True)]
+    assert not staging.remove_folder(store.path, part)
+    assert not staging.temporary_folder(store.path).exists()
+
+
+def test_quarantine_never_replaces_what_is_there(tmp_path):
+    store = opened(tmp_path)
+    quarantine = store.path.with_name(store.name + ".quarantine")
+    for content in ("one", "two"):
+        for path in (store.path / "parts" / "x", store.path / "file"):
+            path.parent.mkdir(exist_ok=True)
+        (store.path / "parts" / "x").mkdir()
+        (store.path / "parts" / "x" / "data").write_text(content)
+        (store.path / "file").write_text(content)
+        staging.quarantine_folder(store.path, store.path / "parts" / "x")
+        staging.quarantine_folder(store.path, store.path / "file")
+    found = {
+        path.relative_to(quarantine).as_posix(): path.read_text()
+        for path in sorted(quarantine.rglob("*"))
+        if path.is_file()
+    }
+    assert found == {"file-1": "one", "file-2": "two", "x-1/data": "one", "x-2/data": "two"}
+    with pytest.raises(FileNotFoundError, match="'.*parts/x'"):
+        staging.quarantine_folder(store.path, store.path / "parts" / "x")
