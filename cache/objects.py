@@ -160,13 +160,21 @@ class Bucket:
 
     # -- reading -----------------------------------------------------------------------------
 
-    def get(self, name: str) -> bytes:
+    def get(self, name: str, size: int | None = None) -> bytes:
         """Return a whole object.
+
+        Parameters
+        ----------
+        name : str
+        size : int, optional
+            The bytes that it must have.
 
         Raises
         ------
         FileNotFoundError
             There is none of that name.
+        DamagedStoreError
+            It has another size.
         StoreError
             The server refuses, or keeps failing.
         """
@@ -174,8 +182,10 @@ class Bucket:
         def request(client: _Client) -> bytes:
             result = client.api.get(client.reader, self._key(name))
             data = bytes(result.bytes())
-            expected = int(result.meta["size"])
+            expected = int(result.meta["size"]) if size is None else size
             if len(data) != expected:
+                if size is not None:
+                    self._check_length(client, name, size, exactly=True)
                 raise _Short(len(data), expected)
             return data
 
@@ -222,11 +232,14 @@ class Bucket:
 
         return self._try("read", name, request)
 
-    def _check_length(self, client: _Client, name: str, stop: int) -> None:
+    def _check_length(
+        self, client: _Client, name: str, expected: int, exactly: bool = False
+    ) -> None:
         size = int(client.api.head(client.reader, self._key(name))["size"])
-        if size < stop:
+        if size < expected or (exactly and size > expected):
+            least = "" if exactly else "at least "
             raise DamagedStoreError(
-                f"{self._at(name)} has {size} bytes, at least {stop} were written."
+                f"{self._at(name)} has {size} bytes, {least}{expected} were written."
             )
 
     def get_spans(
@@ -458,12 +471,9 @@ class Bucket:
             try:
                 return request(client)
             except FileNotFoundError as error:
-                if "NoSuchBucket" in str(error):
-                    raise StoreError(
-                        f"Cannot {verb} {self._at(name)}: there is no bucket {self._host!r}. "
-                        "Create it, or check its name and AWS_ENDPOINT_URL."
-                    ) from error
-                raise FileNotFoundError(f"There is no {self._at(name)}.") from error
+                if "NoSuchBucket" not in str(error):
+                    raise FileNotFoundError(f"There is no {self._at(name)}.") from error
+                raise self._no_bucket(verb, name) from error
             except (UsageError, DamagedStoreError):
                 raise
             except Exception as error:
@@ -472,6 +482,8 @@ class Bucket:
                     logger.info("No credentials for %s; asking without.", self.url)
                     _go_anonymous(self.scheme, self._host)
                     continue
+                if "NoSuchBucket" in str(error):
+                    raise self._no_bucket(verb, name) from error
                 if not failure.passes or number == TRIES:
                     raise StoreError(
                         f"Cannot {verb} {self._at(name)}: {failure.text}"
@@ -481,6 +493,12 @@ class Bucket:
             time.sleep(wait * random.uniform(0.5, 1.0))
             wait = min(2 * wait, LONGEST_WAIT_S)
         raise AssertionError("unreachable")  # pragma: no cover
+
+    def _no_bucket(self, verb: str, name: str) -> StoreError:
+        return StoreError(
+            f"Cannot {verb} {self._at(name)}: there is no bucket {self._host!r}. Create it, or "
+            "check its name and the endpoint (AWS_ENDPOINT_URL)."
+        )
 
 
 def plan_requests(
@@ -556,8 +574,6 @@ class _Failure:
             )
         if self.status in (301, 307, 400) and bucket.scheme == "s3":
             return "Check AWS_REGION and AWS_ENDPOINT_URL."
-        if self.status == 404:
-            return f"Check the name of the bucket, {bucket._host!r}."
         if self.status == 416:
             return "The object is shorter than it was written."
         if self.passes:

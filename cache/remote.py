@@ -149,7 +149,8 @@ class ObjectFiles:
                 data = None
         if data is None:
             try:
-                data = self.place.bucket.get(self.name(layout.METADATA))
+                size = None if signature is None else signature[0]
+                data = self.place.bucket.get(self.name(layout.METADATA), size)
             except FileNotFoundError as error:
                 raise PartGoneError(f"{self.where} is gone since the store was listed.") from error
             if copy is not None and signature is not None and _is_sealed(data):
@@ -222,7 +223,7 @@ class ObjectFiles:
         record = self.records[file]
         for last in (False, True):  # a flip on the way is not on the server
             try:
-                content = self.place.bucket.get(self.name(file))
+                content = self.place.bucket.get(self.name(file), record.bytes)
             except FileNotFoundError as error:
                 raise self._missing(file) from error
             if xxhash.xxh3_128_hexdigest(content) == record.xxh3:

@@ -25,6 +25,10 @@ from xml.sax.saxutils import escape
 
 Answer = tuple[int, dict[str, str], bytes]
 _PAGE = 1000
+_SIGNED = (  # moto wants one, and believes any
+    "AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/s3/aws4_request, "
+    "SignedHeaders=host, Signature=0"
+)
 
 
 @functools.cache
@@ -62,11 +66,12 @@ def new_bucket(endpoint: str) -> str:
     return name
 
 
-@dataclass
+@dataclass(slots=True)
 class Request:
     """One request as the server saw it.
 
-    ``bytes`` are those of the body that was sent; ``status`` is what was answered.
+    ``bytes`` are those of the body that was sent; ``status`` is what was answered; ``signed`` tells
+    whether credentials came with it.
     """
 
     method: str
@@ -75,6 +80,7 @@ class Request:
     range: str | None
     status: int = 0
     bytes: int = 0
+    signed: bool = False
 
     @property
     def is_data(self) -> bool:
@@ -151,6 +157,7 @@ def _handler(gateway: Gateway) -> type[BaseHTTPRequestHandler]:
             parts = urlsplit(self.path)
             body = self._body()
             request = Request(self.command, parts.path, parts.query, self.headers.get("Range"))
+            request.signed = "Authorization" in self.headers
             with gateway._lock:
                 gateway.log.append(request)
                 fault = gateway.fault(request) if gateway.fault else None
@@ -329,3 +336,44 @@ def _listing(root: Path, bucket: str, query: dict[str, list[str]]) -> bytes:
     flag = "true" if truncated else "false"
     text = f"<ListBucketResult><IsTruncated>{flag}</IsTruncated>{''.join(rows)}</ListBucketResult>"
     return b'<?xml version="1.0" encoding="UTF-8"?>' + text.encode()
+
+
+class S3:
+    """A fresh bucket on moto behind a gateway.
+
+    Attributes
+    ----------
+    gateway : Gateway
+        On the way there.
+    bucket : str
+        Its name.
+    url : str
+        ``s3://`` URL of a cache in it.
+    """
+
+    def __init__(self, gateway: Gateway) -> None:
+        self.gateway = gateway
+        self.bucket = new_bucket(moto_url())
+        self.url = f"s3://{self.bucket}/cache"
+        self._host = urlsplit(moto_url()).netloc
+
+    def object(self, name: str, content: bytes | None = None, method: str | None = None) -> bytes:
+        """Read, replace or delete an object below the cache, past the gateway."""
+        connection = http.client.HTTPConnection(self._host)
+        try:
+            method = method or ("GET" if content is None else "PUT")
+            path = quote(f"/{self.bucket}/cache/{name}")
+            connection.request(method, path, body=content, headers={"Authorization": _SIGNED})
+            response = connection.getresponse()
+            data = response.read()
+            assert response.status < 300, (method, name, response.status)
+            return data
+        finally:
+            connection.close()
+
+
+@contextmanager
+def s3() -> Iterator[S3]:
+    """Yield a fresh bucket on moto behind a gateway."""
+    with Gateway(forward_to(moto_url())).running() as gateway:
+        yield S3(gateway)
