@@ -294,7 +294,8 @@ class _Moments:
     """
 
     def __init__(self, array: np.ndarray) -> None:
-        sample = array[:: max(1, len(array) // _SAMPLE_ROWS)].astype(np.float32)
+        step = max(1, len(array) // _SAMPLE_ROWS)
+        sample = array[::step].astype(np.float32, order="C")  # the order decides how sums round
         # In this form the pivot of a constant column is its value, and its deviation is 0.
         self._pivot = sample[0] + (sample - sample[0]).mean(axis=0)
         self._sum = np.zeros(array.shape[1])
@@ -313,7 +314,8 @@ class _Moments:
         around_mean = self._squares - self._sum * shift
         deviation = np.sqrt(np.maximum(around_mean, 0.0) / len(array))
         pooled = np.stack([self._pivot + shift, deviation]).astype(np.float32)
-        accurate = (around_mean >= 0.3 * self._squares) & (self._squares >= 1e-30 * len(array))
+        accurate = around_mean >= 0.3 * self._squares
+        accurate &= (self._squares >= 1e-30 * len(array)) & np.isfinite(self._squares)
         constant = (self._squares == 0.0) & (self._sum == 0.0)
         again = np.flatnonzero(~(accurate | constant))
         if len(again):
@@ -344,11 +346,11 @@ def pool_exactly(frames: np.ndarray, columns: np.ndarray | None = None) -> np.nd
     starts = range(0, len(frames), step)
     mean = np.zeros(width)
     for first in starts:
-        mean += frames[first : first + step, chosen].astype(np.float64).sum(axis=0)
+        mean += frames[first : first + step, chosen].astype(np.float64, order="C").sum(axis=0)
     mean /= len(frames)
     squares = np.zeros(width)
     for first in starts:
-        rest = frames[first : first + step, chosen].astype(np.float64)
+        rest = frames[first : first + step, chosen].astype(np.float64, order="C")
         rest -= mean
         squares += np.einsum("td,td->d", rest, rest)
     return np.stack([mean, np.sqrt(squares / len(frames))]).astype(np.float32)
