@@ -133,13 +133,24 @@ def doubled(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Features of another tool, one .npy per utterance."""
+    folder = tmp_path_factory.mktemp("theirs") / "model-FRA"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        np.save(folder / f"u{i}.npy", rng.standard_normal((10 + i, 20)).astype(np.float16))
+    return folder
+
+
 def copying(source: Path) -> Callable[[Path], None]:
     return lambda root: shutil.copytree(source, root) and None
 
 
-@pytest.fixture(scope="module", params=["extract", "gc", "cp"])
+@pytest.fixture(scope="module", params=["extract", "gc", "cp", "import"])
 def scenario(
-    request: pytest.FixtureRequest, manifest: Path, finished: Path, doubled: Path
+    request: pytest.FixtureRequest, manifest: Path, doubled: Path, theirs: Path
 ) -> Scenario:
     scenarios = {
         "extract": Scenario(
@@ -147,6 +158,7 @@ def scenario(
         ),
         "gc": Scenario("gc", copying(doubled), {}, grows=False),
         "cp": Scenario("cp", lambda root: None, {"source": doubled}),
+        "import": Scenario("import", lambda root: None, {"source": theirs, "format": "npy"}),
     }
     return scenarios[request.param]
 

@@ -187,7 +187,8 @@ def _serve() -> None:
     import torch
 
     # What children would import.
-    from mer.cache import collect, transfer, verify  # noqa: F401
+    from mer.cache import collect, exchange, transfer, verify  # noqa: F401
+    from mer.cache.exchange import incoming, npy  # noqa: F401
     from mer.cache.store import Store
     from mer.extract import engine, logmel  # noqa: F401
     from mer.pipelines import caching, extraction  # noqa: F401
