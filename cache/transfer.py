@@ -83,7 +83,8 @@ def copy(
     keys : collection of bytes, optional
         Only these utterances.
     progress : callable, optional
-        Called with the number of bytes since the last call, from any thread, one at a time.
+        Called with the number of bytes since the last call, from any thread, one at a time;
+        negative where a file has to be read again.
 
     Returns
     -------
@@ -209,11 +210,8 @@ class _Copy:
         with writing(self.target.url), place.staging() as folder:
             folder.mkdir()
             for name, record in part.files.items():
-                path = folder / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                written = write_file(path, self._blocks(part, name, record))
-                if written != record:
-                    raise DamagedStoreError(f"{part.where}/{name} does not match its checksum.")
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                self._fetch(part, name, record, folder / name)
             for output in self.source.spec.outputs:  # of arrays without frames
                 (folder / output.name / layout.FRAMES).mkdir(exist_ok=True)
             name, document = self._manifest(part, folder)
@@ -222,6 +220,15 @@ class _Copy:
                 self._count(parts=1, utterances=part.num_utterances, bytes=part.num_bytes)
             else:  # by another copy that runs at the same time
                 self._count(skipped_utterances=part.num_utterances)
+
+    def _fetch(self, part: PartReader, name: str, record: FileRecord, path: Path) -> None:
+        """Write a file as the manifest describes it."""
+        if write_file(path, self._blocks(part, name, record)) == record:
+            return
+        path.unlink()  # a flip on the way is not in the source
+        self._tell(-record.bytes)
+        if write_file(path, self._blocks(part, name, record)) != record:
+            raise DamagedStoreError(f"{part.where}/{name} does not match its checksum.")
 
     def _blocks(self, part: PartReader, name: str, record: FileRecord) -> Iterator[memoryview]:
         """Yield the bytes of a file as they are."""
