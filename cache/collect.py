@@ -1,0 +1,675 @@
+"""``mer cache gc``: what to remove from a cache, said first, then done.
+
+What is dropped is chosen by criteria that all have to hold: of these extractors, committed before
+this time, used by no manifest; and with a size limit, the oldest of that until the rest fits.
+Without a criterion nothing is dropped. In any case utterances that are stored twice are stored once
+afterwards, small parts are merged, and what processes that are gone have left is swept.
+
+New parts are visible and read back before those they replace go. A copy is removed only for one
+that ranks above it (``rewrite.rank``), is there, and reads without fault; so neither a kill nor
+another ``gc`` at the same time loses the last copy of anything.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mer.cache import layout
+from mer.cache.errors import DamagedStoreError, StoreError
+from mer.cache.examine import StoreFacts, examine_part
+from mer.cache.identity import KEY_BYTES
+from mer.cache.index import KeyIndex, key_array
+from mer.cache.raw import TEMPORARY_SUFFIX, raw_of
+from mer.cache.reader import PartReader
+from mer.cache.rewrite import GENERATION, PART_BYTES, Stored, rank, rewrite
+
+if TYPE_CHECKING:
+    from mer.cache.home import Cache
+    from mer.cache.store import Store
+
+logger = logging.getLogger(__name__)
+
+SMALL_BYTES = 32 << 20
+
+DROP_STORE = "drop store"
+DROP_PART = "drop part"
+REWRITE = "rewrite parts"
+MERGE = "merge parts"
+SWEEP = "sweep"
+DROP_QUARANTINE = "drop quarantine"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One thing to do.
+
+    Parameters
+    ----------
+    store : str
+        Name of the store.
+    action : str
+        ``"drop store"``, ``"drop part"``, ``"rewrite parts"``, ``"merge parts"``, ``"sweep"`` or
+        ``"drop quarantine"``.
+    parts : tuple of str
+        Parts that are gone afterwards.
+    utterances : int
+        Utterances that the store does not hold afterwards.
+    bytes : int
+        Bytes that it frees, as far as known beforehand.
+    reason : str
+        Why.
+    kept : mapping of str to ndarray
+        Rows of each part that go on in a new one.
+    copies : mapping of str to ndarray
+        Rows of each part that are dropped because another part holds the same key.
+    """
+
+    store: str
+    action: str
+    parts: tuple[str, ...] = ()
+    utterances: int = 0
+    bytes: int = 0
+    reason: str = ""
+    kept: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
+    copies: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GcPlan:
+    """What ``run`` will do.
+
+    Parameters
+    ----------
+    steps : tuple of Step
+        In order.
+    bytes_before : int
+        Size of the chosen stores.
+    notes : tuple of str
+        What was left out, and why.
+    places : mapping of str to Store
+        The stores, by name.
+    """
+
+    steps: tuple[Step, ...]
+    bytes_before: int
+    notes: tuple[str, ...] = ()
+    places: Mapping[str, Store] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def bytes_freed(self) -> int:
+        """Bytes that all steps free, as far as known beforehand."""
+        return sum(step.bytes for step in self.steps)
+
+    @property
+    def utterances(self) -> int:
+        """Utterances that are dropped."""
+        return sum(step.utterances for step in self.steps)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GcReport:
+    """What ``run`` did.
+
+    Parameters
+    ----------
+    bytes_freed : int
+        By which the stores are smaller.
+    utterances : int
+        Dropped.
+    stores_dropped, parts_dropped, parts_merged, parts_written : int
+        ``parts_merged`` counts those that went into new ones.
+    notes : tuple of str
+        What was not done, and why.
+    """
+
+    bytes_freed: int = 0
+    utterances: int = 0
+    stores_dropped: int = 0
+    parts_dropped: int = 0
+    parts_merged: int = 0
+    parts_written: int = 0
+    notes: tuple[str, ...] = ()
+
+
+Keep = Mapping[str, "set[bytes]"] | set[bytes]
+
+
+def plan(
+    cache: Cache,
+    *,
+    older_than_s: float | None = None,
+    max_bytes: int | None = None,
+    extractors: Sequence[str] = (),
+    keep: Keep | None = None,
+    stores: Sequence[Store] | None = None,
+    compact: bool = True,
+    quarantine: bool = False,
+    now: float | None = None,
+) -> GcPlan:
+    """Return what can be removed; nothing is changed.
+
+    Parameters
+    ----------
+    cache : Cache
+        Where.
+    older_than_s : float, optional
+        Drop only what was committed longer ago, in seconds.
+    max_bytes : int, optional
+        Drop the oldest parts, as the other criteria allow, until the chosen stores fit.
+    extractors : sequence of str
+        Choose stores by the name of their extractor, their slug or their own name; ``*`` and ``?``
+        match anything. Without another criterion these stores are dropped as a whole.
+    keep : set of bytes, or mapping of str to set of bytes, optional
+        Keys in use, in any store or by the name of the store; only others are dropped. A store
+        that a mapping does not name is not used at all.
+    stores : sequence of Store, optional
+        Only these.
+    compact : bool, default=True
+        Merge small parts.
+    quarantine : bool, default=False
+        Delete damaged parts that ``verify --repair`` has taken out.
+    now : float, optional
+        The time, in seconds since 1970.
+
+    Notes
+    -----
+    A store that cannot be opened is left as it is, with a note.
+    """
+    steps: list[Step] = []
+    notes: list[str] = []
+    tables: list[_Table] = []
+    places: dict[str, Store] = {}
+    whole = bool(extractors) and older_than_s is None and keep is None and max_bytes is None
+    criterion = older_than_s is not None or keep is not None
+    before = None if older_than_s is None else (time.time() if now is None else now) - older_than_s
+    for store in cache.stores() if stores is None else stores:
+        try:
+            if extractors and not _is_of(store, extractors):
+                continue
+            table = _Table(store)
+        except StoreError as error:
+            notes.append(f"{store.name} is left as it is: {error}")
+            continue
+        places[store.name] = store
+        tables.append(table)
+        if whole:
+            table.drop(np.ones(table.num_rows, bool))
+            continue
+        if criterion or max_bytes is not None:
+            used = None
+            if keep is not None:
+                used = keep.get(store.name, set()) if isinstance(keep, Mapping) else keep
+            table.allow(before, used)
+            if max_bytes is None:
+                table.drop(table.allowed)
+    if max_bytes is not None:
+        _shrink(tables, max_bytes)
+    for table in tables:
+        if whole:
+            steps.append(table.drop_store())
+        else:
+            steps.extend(table.steps(compact))
+        steps.extend(_leftovers(table.store, quarantine))
+    return GcPlan(
+        steps=tuple(steps),
+        bytes_before=sum(table.num_bytes for table in tables),
+        notes=tuple(notes),
+        places=places,
+    )
+
+
+def _is_of(store: Store, extractors: Sequence[str]) -> bool:
+    spec = store.spec
+    names = {store.name, spec.slug}
+    names |= {v for k in ("extractor", "name") if isinstance(v := spec.identity.get(k), str)}
+    return any(fnmatchcase(name, wanted) for name in names for wanted in extractors)
+
+
+def _leftovers(store: Store, quarantine: bool) -> list[Step]:
+    raw = raw_of(store.place)
+    steps = []
+    temporary = raw.listing(TEMPORARY_SUFFIX)
+    if temporary.files or temporary.folders:
+        size = sum(file.bytes for file in temporary.files.values())
+        reason = f"what processes that are gone have left of {size} bytes in {TEMPORARY_SUFFIX}"
+        steps.append(Step(store=store.name, action=SWEEP, reason=reason))
+    if quarantine:
+        taken = raw.listing(layout.QUARANTINE_SUFFIX)
+        if taken.files or taken.folders:
+            size = sum(file.bytes for file in taken.files.values())
+            reason = "damaged, taken out by a repair"
+            steps.append(Step(store=store.name, action=DROP_QUARANTINE, bytes=size, reason=reason))
+    return steps
+
+
+class _Table:
+    """The rows of all parts of a store and what is to become of them."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.parts: tuple[PartReader, ...] = store.readers()
+        counts = [part.num_utterances for part in self.parts]
+        self.num_rows = sum(counts)
+        self.first = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        keys = [part.keys() for part in self.parts]
+        self.keys = np.concatenate([np.empty((0, KEY_BYTES), np.uint8), *keys])
+        self.generations = [generation(part) for part in self.parts]
+        modified = raw_of(store.place).modified([part.id for part in self.parts])
+        self.modified = [modified.get(part.id, float("inf")) for part in self.parts]
+        self.sizes = [part.num_bytes for part in self.parts]
+        self.num_bytes = sum(self.sizes)
+        self.dropped = np.zeros(self.num_rows, bool)
+        self.allowed = np.ones(self.num_rows, bool)
+        self._by_rank = sorted(
+            range(len(self.parts)), key=lambda i: rank(self.generations[i], self.parts[i].id)
+        )
+
+    def allow(self, before: float | None, used: set[bytes] | None) -> None:
+        """Restrict what may be dropped to old and unused rows."""
+        if used is not None and used and self.num_rows:
+            self.allowed &= KeyIndex(key_array(sorted(used))).find(self.keys) < 0
+        if before is not None:
+            for i, modified in enumerate(self.modified):
+                if modified >= before:
+                    self.allowed[self.rows(i)] = False
+
+    def drop(self, rows: np.ndarray) -> None:
+        """Mark rows, (N,) bool."""
+        self.dropped |= rows
+
+    def rows(self, part: int) -> slice:
+        """Return the rows of a part."""
+        return slice(int(self.first[part]), int(self.first[part + 1]))
+
+    def kept(self) -> np.ndarray:
+        """Return the rows that stay: of each key the copy in the part that ranks highest."""
+        ranked = np.concatenate(
+            [np.empty(0, np.int64), *(np.arange(*_ends(self.rows(i))) for i in self._by_rank)]
+        )
+        ranked = ranked[~self.dropped[ranked]]
+        kept = np.zeros(self.num_rows, bool)
+        kept[ranked[KeyIndex(self.keys[ranked]).rows]] = True
+        return kept
+
+    def kept_bytes(self, part: int, kept: np.ndarray) -> int:
+        """Return about how many bytes the kept rows of a part take."""
+        mine = kept[self.rows(part)]
+        if mine.all():
+            return self.sizes[part]
+        if not mine.any():
+            return 0
+        reader = self.parts[part]
+        num_bytes = 0
+        for output in self.store.spec.outputs:
+            row = output.dim * reader.dtype(output.name).itemsize
+            num_bytes += int(np.diff(reader.offsets(output.name))[mine].sum()) * row
+            num_bytes += int(mine.sum()) * (8 + (output.dim * 8 if output.kind == "frames" else 0))
+        return num_bytes
+
+    def drop_store(self) -> Step:
+        """Return the step that removes all of it."""
+        distinct = len(KeyIndex(self.keys)) if self.num_rows else 0
+        return Step(
+            store=self.store.name,
+            action=DROP_STORE,
+            parts=tuple(part.id for part in self.parts),
+            utterances=distinct,
+            bytes=self.num_bytes,
+            reason=f"extractor {self.store.spec.slug}",
+        )
+
+    def steps(self, compact: bool) -> Iterator[Step]:
+        """Yield what to do with the parts."""
+        kept = self.kept()
+        small: list[int] = []
+        partial: list[int] = []
+        for i, part in enumerate(self.parts):
+            mine = kept[self.rows(i)]
+            if not mine.any():
+                yield self._step(DROP_PART, [i], kept)
+                continue
+            size = self.kept_bytes(i, kept)
+            if compact and size < SMALL_BYTES:
+                small.append(i)
+            elif not mine.all():
+                partial.append(i)
+            assert part.num_utterances
+        for group in self._groups(small, kept):
+            if len(group) > 1:
+                yield self._step(MERGE, group, kept)
+            elif not kept[self.rows(group[0])].all():
+                partial.append(group[0])
+        for i in sorted(partial):
+            yield self._step(REWRITE, [i], kept)
+
+    def _groups(self, small: list[int], kept: np.ndarray) -> list[list[int]]:
+        """Return small parts that fit into one, of one set of types, neighbours in age."""
+        groups: list[list[int]] = []
+        types: dict[tuple[str, ...], list[int]] = {}
+        for i in small:
+            dtypes = tuple(self.parts[i].dtype(o.name).name for o in self.store.spec.outputs)
+            types.setdefault(dtypes, []).append(i)
+        for same in types.values():
+            room = 0
+            for i in sorted(same, key=lambda i: (self.modified[i], self.parts[i].id)):
+                size = self.kept_bytes(i, kept)
+                if size > room:
+                    groups.append([])
+                    room = PART_BYTES
+                groups[-1].append(i)
+                room -= size
+        return groups
+
+    def _step(self, action: str, parts: list[int], kept: np.ndarray) -> Step:
+        rows: dict[str, np.ndarray] = {}
+        copies: dict[str, np.ndarray] = {}
+        gone = num_copies = 0
+        for i in parts:
+            name, mine = self.parts[i].id, self.rows(i)
+            rows[name] = np.flatnonzero(kept[mine])
+            twice = ~kept[mine] & ~self.dropped[mine]
+            copies[name] = np.flatnonzero(twice)
+            num_copies += int(twice.sum())
+            gone += int(self._lost(kept)[mine].sum())
+        reasons = []
+        if gone:
+            reasons.append(f"{gone} utterances match the criteria")
+        if num_copies:
+            reasons.append(f"{num_copies} utterances are stored twice")
+        if action == MERGE:
+            reasons.append(f"{len(parts)} small parts")
+        new = sum(self.kept_bytes(i, kept) for i in parts)
+        return Step(
+            store=self.store.name,
+            action=action,
+            parts=tuple(rows),
+            utterances=gone,
+            bytes=sum(self.sizes[i] for i in parts) - new,
+            reason=", ".join(reasons) or "all of it is stored elsewhere",
+            kept={} if action == DROP_PART else rows,
+            copies={name: some for name, some in copies.items() if len(some)},
+        )
+
+    def _lost(self, kept: np.ndarray) -> np.ndarray:
+        """Return one row of every utterance that no row is kept of, (N,) bool."""
+        lost = np.zeros(self.num_rows, bool)
+        if self.dropped.any():
+            still = KeyIndex(self.keys[kept]).find(self.keys) >= 0 if kept.any() else lost
+            gone = np.flatnonzero(~still)
+            lost[gone[KeyIndex(self.keys[gone]).rows]] = True
+        return lost
+
+
+def _ends(rows: slice) -> tuple[int, int]:
+    return rows.start, rows.stop
+
+
+def _shrink(tables: Sequence[_Table], max_bytes: int) -> None:
+    """Drop what may be dropped, part by part, the oldest first, until the rest fits."""
+    candidates = sorted(
+        (
+            (table.modified[i], table.store.name, table.parts[i].id, table, i)
+            for table in tables
+            for i in range(len(table.parts))
+            if table.allowed[table.rows(i)].any()
+        ),
+        key=lambda item: item[:3],
+    )
+    sizes: dict[tuple[int, int], int] = {}
+    at = 0
+    while True:
+        # Dropping one copy of an utterance may bring another back: look again at the end.
+        total = 0
+        for number, table in enumerate(tables):
+            kept = table.kept()
+            for i in range(len(table.parts)):
+                sizes[number, i] = table.kept_bytes(i, kept)
+                total += sizes[number, i]
+        if total <= max_bytes or at == len(candidates):
+            return
+        numbers = {id(table): number for number, table in enumerate(tables)}
+        while total > max_bytes and at < len(candidates):
+            _, _, _, table, i = candidates[at]
+            at += 1
+            mine = table.rows(i)
+            freed = sizes[numbers[id(table)], i]
+            chosen = np.zeros(table.num_rows, bool)
+            chosen[mine] = table.allowed[mine]
+            if not chosen[mine].all():
+                rest = ~chosen & table.kept()
+                freed -= table.kept_bytes(i, rest)
+            table.drop(chosen)
+            total -= freed
+
+
+def generation(part: PartReader) -> int:
+    """Return how often what is in a part was rewritten."""
+    found = part.manifest.get(GENERATION, 0)
+    return found if isinstance(found, int) else 0
+
+
+def run(gc: GcPlan, progress: Callable[[Step], None] | None = None) -> GcReport:
+    """Do what a plan says.
+
+    Whatever has changed since is respected: parts that are gone are skipped, parts that are new are
+    not touched, and what was the better of two copies is looked at again.
+
+    Parameters
+    ----------
+    gc : GcPlan
+        Of ``plan``.
+    progress : callable, optional
+        Called with every step after it is done.
+
+    Raises
+    ------
+    StorageFullError
+        No space for new parts. Nothing is lost.
+    StoreError
+        A store cannot be written to.
+    """
+    work = _Work()
+    for step in gc.steps:
+        store = gc.places[step.store]
+        try:
+            _ACTIONS[step.action](work, store, step)
+        except DamagedStoreError as error:
+            work.notes.append(
+                f"{step.store}: not done ({step.action}): {error} `mer cache verify --repair` "
+                "takes care of it."
+            )
+        if progress is not None:
+            progress(step)
+    return GcReport(
+        bytes_freed=work.freed,
+        utterances=work.utterances,
+        stores_dropped=work.stores_dropped,
+        parts_dropped=work.parts_dropped,
+        parts_merged=work.parts_merged,
+        parts_written=work.parts_written,
+        notes=tuple(work.notes),
+    )
+
+
+class _Work:
+    """Does steps and counts."""
+
+    def __init__(self) -> None:
+        self.freed = 0
+        self.utterances = 0
+        self.stores_dropped = 0
+        self.parts_dropped = 0
+        self.parts_merged = 0
+        self.parts_written = 0
+        self.notes: list[str] = []
+        self._sound: dict[tuple[str, str], set[bytes]] = {}  # by store and part, read once
+
+    def drop_store(self, store: Store, step: Step) -> None:
+        """Remove its parts, then, if nobody has added one, the store."""
+        for part in self._present(store, step):
+            self._remove(store, part)
+        raw = raw_of(store.place)
+        if raw.remove_if_empty():
+            self.stores_dropped += 1
+            raw.clear(layout.INDEX_SUFFIX)
+        elif raw.listing().files:
+            self.notes.append(f"{store.name} stays: a part was added meanwhile.")
+        self.utterances += step.utterances
+
+    def drop_parts(self, store: Store, step: Step) -> None:
+        """Remove parts of which nothing stays."""
+        readers = self._present(store, step)
+        if readers and self._copies_are_safe(store, step, readers):
+            for part in readers:
+                self._remove(store, part)
+                self.parts_dropped += 1
+            self.utterances += step.utterances
+
+    def rewrite(self, store: Store, step: Step) -> None:
+        """Write what stays of some parts to new ones, then remove them."""
+        readers = self._present(store, step)
+        whole = [p for p in readers if len(step.kept[p.id]) == p.num_utterances]
+        if len(whole) == len(readers) < 2:  # another process has merged the rest
+            return
+        if not self._copies_are_safe(store, step, readers):
+            return
+        dtypes = {tuple(p.dtype(o.name).name for o in store.spec.outputs) for p in readers}
+        assert len(dtypes) == 1
+        raw = raw_of(store.place)
+        modified = raw.modified([part.id for part in readers])
+        new = rewrite(
+            store.place,
+            store.spec,
+            store.fingerprint,
+            _utterances(readers, step.kept, store),
+            generation=1 + max(map(generation, readers)),
+        )
+        if modified:  # what is in it is no younger for having been merged
+            for part in new:
+                raw.set_modified(part, max(modified.values()))
+        self.parts_written += len(new)
+        written = [p for p in _readers(store, new) if p is not None]
+        self.freed -= sum(part.num_bytes for part in written)
+        ranks = [rank(generation(part), part.id) for part in written]
+        for old in readers:
+            if old.id in new:
+                continue
+            if any(r > rank(generation(old), old.id) for r in ranks):
+                self.notes.append(f"{store.name}: part {old.id} stays until the next gc.")
+                continue
+            self._remove(store, old)
+            self.parts_merged += 1
+        self.utterances += step.utterances
+
+    def sweep(self, store: Store, step: Step) -> None:
+        """Remove what processes that are gone have left."""
+        raw = raw_of(store.place)
+        before = raw.listing(TEMPORARY_SUFFIX)
+        store.place.sweep()
+        after = raw.listing(TEMPORARY_SUFFIX)
+        self.freed += sum(f.bytes for name, f in before.files.items() if name not in after.files)
+
+    def drop_quarantine(self, store: Store, step: Step) -> None:
+        """Delete what a repair has taken out."""
+        raw = raw_of(store.place)
+        size = sum(file.bytes for file in raw.listing(layout.QUARANTINE_SUFFIX).files.values())
+        raw.clear(layout.QUARANTINE_SUFFIX)
+        self.freed += size
+
+    def _present(self, store: Store, step: Step) -> list[PartReader]:
+        return [part for part in _readers(store, step.parts) if part is not None]
+
+    def _remove(self, store: Store, part: PartReader) -> None:
+        store.place.remove(part.id)
+        self.freed += part.num_bytes
+
+    def _copies_are_safe(self, store: Store, step: Step, readers: Sequence[PartReader]) -> bool:
+        """Whether every row that goes because there is another copy has one that reads."""
+        mine = {part.id: part for part in readers}
+        wanted: dict[bytes, tuple[int, str]] = {}
+        for name, rows in step.copies.items():
+            if name in mine:
+                its = rank(generation(mine[name]), name)
+                for key in mine[name].keys()[rows]:
+                    held = wanted.get(key.tobytes(), its)
+                    wanted[key.tobytes()] = min(held, its)
+        if not wanted:
+            return True
+        # Copies in parts of this same step that go on count as well: they are read when rewritten.
+        for name, rows in step.kept.items():
+            if name in mine:
+                for key in mine[name].keys()[rows]:
+                    wanted.pop(key.tobytes(), None)
+        others = [name for name in store.place.part_names() if name not in mine]
+        for part in _readers(store, others):
+            if part is None or not wanted:
+                continue
+            its = rank(generation(part), part.id)
+            its_keys = set(map(bytes, part.keys()))
+            if any(its < least for key, least in wanted.items() if key in its_keys):
+                sound = self._sound_keys(store, part.id)
+                wanted = {k: r for k, r in wanted.items() if its >= r or k not in sound}
+        if wanted:
+            self.notes.append(
+                f"{store.name}: {', '.join(mine)} stays: the other copy of {len(wanted)} "
+                "utterances is gone or damaged."
+            )
+        return not wanted
+
+    def _sound_keys(self, store: Store, part: str) -> set[bytes]:
+        """Return the keys of what reads without fault, from the disk or server itself."""
+        known = self._sound.get((store.name, part))
+        if known is None:
+            raw = raw_of(store.place)
+            facts = StoreFacts(store.fingerprint[:16], store.fingerprint, store.spec.outputs)
+            examined = examine_part(raw, part, raw.listing(f"/{layout.PARTS}/{part}"), facts)
+            keys = [] if examined is None else examined.keys[examined.sound()]
+            known = self._sound[store.name, part] = {key.tobytes() for key in keys}
+        return known
+
+
+_ACTIONS: dict[str, Callable[[_Work, Any, Step], None]] = {
+    DROP_STORE: _Work.drop_store,
+    DROP_PART: _Work.drop_parts,
+    REWRITE: _Work.rewrite,
+    MERGE: _Work.rewrite,
+    SWEEP: _Work.sweep,
+    DROP_QUARANTINE: _Work.drop_quarantine,
+}
+
+
+def _readers(store: Store, parts: Sequence[str]) -> list[PartReader | None]:
+    """Return fresh readers of the sound parts among some."""
+    if not parts:
+        return []
+    read = store.place.read_parts(list(parts), store.spec.outputs, store.fingerprint)
+    return [None if isinstance(part, DamagedStoreError) else part for part in read]
+
+
+def _utterances(
+    readers: Sequence[PartReader], kept: Mapping[str, np.ndarray], store: Store
+) -> Iterator[Stored]:
+    """Yield the rows of parts that stay, one after the other."""
+    outputs = store.spec.outputs
+    for part in readers:
+        keys, lengths = part.keys(), part.input_length()
+        bounds = {o.name: part.offsets(o.name).tolist() for o in outputs}
+        pooled = {o.name: part.pooled(o.name) for o in outputs if o.kind == "frames"}
+        rows = kept[part.id].tolist()
+        store.place.prefetch(
+            [(part, name, at[row], at[row + 1]) for name, at in bounds.items() for row in rows]
+        )
+        for row in rows:
+            yield Stored(
+                key=keys[row].tobytes(),
+                input_length=int(lengths[row]),
+                arrays={n: part.frames(n, at[row], at[row + 1]) for n, at in bounds.items()},
+                pooled={name: values[row] for name, values in pooled.items()},
+            )

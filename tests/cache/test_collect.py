@@ -1,0 +1,476 @@
+"""What gc removes is what was said, nothing else is lost, whoever dies or works beside it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mer.cache import collect, layout, reader, staging
+from mer.cache.collect import GcPlan, GcReport, plan, run
+from mer.cache.errors import StorageFullError
+from mer.cache.home import Cache
+from mer.cache.spec import FeatureSpec, OutputSpec
+from mer.cache.store import Store
+from mer.cache.verify import verify
+
+SPEC = FeatureSpec(
+    slug="test-final",
+    identity={"extractor": "test"},
+    outputs=(
+        OutputSpec(name="final", dim=3, rate_hz=50.0),
+        OutputSpec(name="code", dim=1, rate_hz=None, dtype="uint8", kind="codes"),
+    ),
+)
+OTHER = FeatureSpec(slug="other", identity={"extractor": "other"}, outputs=SPEC.outputs)
+
+Content = dict[bytes, tuple[bytes, ...]]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do not wait for the disk, where nobody cuts the power, and look at files every time."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    monkeypatch.setattr(reader._pool, "limit", 0)
+
+
+def key(number: int) -> bytes:
+    return number.to_bytes(16, "big")
+
+
+def arrays(number: int, peak: float = 1.0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(number)
+    length = 7 * number % 40
+    return {
+        "final": rng.standard_normal((length, 3), dtype=np.float32) * np.float32(peak),
+        "code": rng.integers(0, 256, (length, 1), dtype=np.uint8),
+    }
+
+
+def opened(root: Path, spec: FeatureSpec = SPEC) -> Store:
+    store = Cache(root).open(spec, create=True)
+    assert store is not None
+    return store
+
+
+def add(store: Store, numbers: Iterable[int], peak: float = 1.0) -> str:
+    """Add one part, whatever the store holds, and return its name."""
+    before = set(store.place.part_names())
+    writer = Store(store.path).writer()
+    writer._known = lambda key: False  # as a writer that does not see the others' parts
+    with writer:
+        for number in numbers:
+            writer.add(key(number), 320 * number, arrays(number, peak))
+    return next(iter(set(store.place.part_names()) - before), "")
+
+
+def age(store: Store, part: str, modified: float) -> None:
+    os.utime(store.path / "parts" / part / "zarr.json", (modified, modified))
+
+
+def content(root: Path, spec: FeatureSpec = SPEC) -> Content:
+    store = opened(root, spec)
+    return {
+        its: (
+            str(store.input_length([its])).encode(),
+            store.frames(its, "final").tobytes(),
+            store.frames(its, "code").tobytes(),
+            store.pooled("final", [its]).tobytes(),
+        )
+        for its in store.keys()  # noqa: SIM118 - not a mapping
+    }
+
+
+def size(store: Store) -> int:
+    return sum(f.stat().st_size for f in store.path.rglob("*") if f.is_file())
+
+
+def collected(root: Path, **criteria: object) -> tuple[GcPlan, GcReport]:
+    """Plan, check that planning changes nothing, and do it."""
+    before = {f: f.stat().st_mtime_ns for f in root.rglob("*")}
+    gc = plan(Cache(root), **criteria)  # type: ignore[arg-type]
+    assert {f: f.stat().st_mtime_ns for f in root.rglob("*")} == before
+    report = run(gc)
+    assert verify(Cache(root).stores()).corrupt == ()
+    return gc, report
+
+
+def actions(gc: GcPlan) -> list[str]:
+    return [step.action for step in gc.steps]
+
+
+def test_small_parts_become_one_and_nothing_changes(tmp_path):
+    store = opened(tmp_path)
+    for first in range(0, 12, 3):
+        add(store, range(first, first + 3))
+    before, was = content(tmp_path), size(store)
+    gc, report = collected(tmp_path)
+    assert actions(gc) == ["merge parts"]
+    assert (report.parts_merged, report.parts_written, report.utterances) == (4, 1, 0)
+    assert content(tmp_path) == before
+    assert len(store.place.part_names()) == 1
+    assert report.bytes_freed == was - size(store) > 0
+    assert plan(Cache(tmp_path)).steps == ()
+
+
+def test_without_compaction_small_parts_stay(tmp_path):
+    store = opened(tmp_path)
+    add(store, range(3))
+    add(store, range(3, 6))
+    assert plan(Cache(tmp_path), compact=False).steps == ()
+
+
+def test_parts_of_other_types_are_not_mixed(tmp_path):
+    store = opened(tmp_path)
+    add(store, [1, 2])
+    add(store, [3, 4], peak=1e6)
+    add(store, [5, 6])
+    before = content(tmp_path)
+    gc, _ = collected(tmp_path)
+    assert [len(step.parts) for step in gc.steps] == [2]
+    assert content(tmp_path) == before
+    assert {part.dtype("final").name for part in opened(tmp_path).readers()} == {
+        "float16",
+        "float32",
+    }
+
+
+def test_merged_parts_stay_within_their_size(tmp_path, monkeypatch):
+    store = opened(tmp_path)
+    for first in range(0, 20, 2):
+        add(store, range(first, first + 2))
+    largest = max(part.bytes for part in opened(tmp_path).parts())
+    monkeypatch.setattr(collect, "SMALL_BYTES", 2 * largest)
+    monkeypatch.setattr(collect, "PART_BYTES", 4 * largest)
+    before = content(tmp_path)
+    collected(tmp_path)
+    assert content(tmp_path) == before
+    assert 1 < len(store.place.part_names()) < 10
+
+
+def test_an_utterance_that_is_stored_twice_is_stored_once(tmp_path):
+    store = opened(tmp_path)
+    add(store, [1, 2, 3])
+    add(store, [3, 4])
+    add(store, [1, 2])
+    before = content(tmp_path)
+    gc, report = collected(tmp_path, compact=False)
+    assert set(actions(gc)) <= {"drop part", "rewrite parts"}
+    assert gc.utterances == report.utterances == 0
+    assert content(tmp_path) == before
+    fresh = opened(tmp_path)
+    assert sum(part.utterances for part in fresh.parts()) == len(fresh) == 4
+    assert plan(Cache(tmp_path), compact=False).steps == ()
+
+
+def test_of_two_copies_the_one_that_readers_use_stays(tmp_path):
+    store = opened(tmp_path)
+    add(store, [1, 2])
+    add(store, [2, 3], peak=2.0)
+    add(store, [1, 3], peak=3.0)
+    before = content(tmp_path)
+    collected(tmp_path)
+    assert content(tmp_path) == before
+
+
+def test_a_copy_stays_if_the_better_one_is_damaged(tmp_path):
+    store = opened(tmp_path)
+    names = sorted([add(store, [5, 6]), add(store, [5, 6, 7])])
+    before = content(tmp_path)
+    shard = store.path / "parts" / names[0] / "final/frames/c/0/0"
+    data = bytearray(shard.read_bytes())
+    data[7] ^= 1
+    shard.write_bytes(data)
+    report = run(plan(Cache(tmp_path), compact=False))
+    assert sorted(store.place.part_names()) == names
+    assert "the other copy of" in report.notes[0]
+    verify(Cache(tmp_path).stores(), repair=True)
+    assert {k: v for k, v in before.items() if k != key(7)}.keys() <= content(tmp_path).keys()
+
+
+def test_parts_older_than_an_age_are_dropped(tmp_path):
+    store = opened(tmp_path)
+    old, young = add(store, [1, 2]), add(store, [3])
+    age(store, old, 1000.0)
+    age(store, young, 5000.0)
+    gc, report = collected(tmp_path, older_than_s=2000.0, now=6000.0)
+    (step,) = gc.steps
+    assert (step.action, step.parts, step.utterances) == ("drop part", (old,), 2)
+    assert step.reason == "2 utterances match the criteria"
+    assert report.utterances == 2
+    assert content(tmp_path).keys() == {key(3)}
+
+
+def test_merging_does_not_make_parts_younger(tmp_path):
+    store = opened(tmp_path)
+    for number in (1, 2):
+        age(store, add(store, [number]), 1000.0 * number)
+    collected(tmp_path)
+    (part,) = store.place.part_names()
+    assert (store.path / "parts" / part / "zarr.json").stat().st_mtime == 2000.0
+
+
+def test_the_oldest_go_until_the_rest_fits(tmp_path):
+    store, other = opened(tmp_path), opened(tmp_path, OTHER)
+    names = {}
+    for number, its in enumerate([store, other, store, other], 1):
+        names[number] = add(its, [10 * number, 10 * number + 1])
+        age(its, names[number], 1000.0 * number)
+    sizes = {part.id: part.bytes for s in (store, other) for part in Store(s.path).parts()}
+    limit = sizes[names[3]] + sizes[names[4]]
+    gc, report = collected(tmp_path, max_bytes=limit, compact=False)
+    assert sorted(part for step in gc.steps for part in step.parts) == sorted([names[1], names[2]])
+    assert gc.bytes_freed == report.bytes_freed == sizes[names[1]] + sizes[names[2]]
+    assert content(tmp_path).keys() == {key(30), key(31)}
+    assert plan(Cache(tmp_path), max_bytes=limit, compact=False).steps == ()
+    one = [Store(store.path)]
+    chosen = plan(Cache(tmp_path), max_bytes=0, stores=one)
+    assert {step.store for step in chosen.steps} == {store.name}
+
+
+@pytest.mark.parametrize("name", ["test", "test-final", "te*", "test-final-????????????????"])
+def test_a_store_is_dropped_by_its_extractor_slug_or_name(tmp_path, name):
+    store = opened(tmp_path)
+    add(store, [1, 2])
+    add(opened(tmp_path, OTHER), [1])
+    gc, report = collected(tmp_path, extractors=[name])
+    (step,) = gc.steps
+    assert (step.action, step.store, step.utterances) == ("drop store", store.name, 2)
+    assert (report.stores_dropped, report.utterances) == (1, 2)
+    assert [s.name for s in Cache(tmp_path).stores()] == [opened(tmp_path, OTHER).name]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [opened(tmp_path, OTHER).name]
+
+
+def test_a_part_that_was_added_after_planning_saves_its_store(tmp_path):
+    store = opened(tmp_path)
+    add(store, [1, 2])
+    gc = plan(Cache(tmp_path), extractors=["test"])
+    add(store, [3])
+    report = run(gc)
+    assert report.stores_dropped == 0
+    assert "a part was added meanwhile" in report.notes[0]
+    assert content(tmp_path).keys() == {key(3)}
+
+
+def test_a_part_that_slips_into_a_store_that_is_removed_comes_back(tmp_path, monkeypatch):
+    store = opened(tmp_path)
+    add(store, [1])
+    spare = opened(tmp_path / "spare")
+    late = add(spare, [2])
+    gc = plan(Cache(tmp_path), extractors=["test"])
+    real = os.rename
+
+    def rename(source, target):
+        if str(source) == str(store.path):
+            shutil.copytree(spare.path / "parts" / late, store.path / "parts" / late)
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", rename)
+        assert run(gc).stores_dropped == 0
+    assert content(tmp_path).keys() == {key(2)}
+
+
+def test_what_no_manifest_uses_is_dropped(tmp_path):
+    store = opened(tmp_path)
+    add(store, [1, 2, 3])
+    add(store, [4, 5])
+    before = content(tmp_path)
+    used = {key(1), key(3), key(99)}
+    gc, report = collected(tmp_path, keep=used, compact=False)
+    assert sorted(actions(gc)) == ["drop part", "rewrite parts"]
+    assert report.utterances == 3
+    assert content(tmp_path) == {its: before[its] for its in (key(1), key(3))}
+    assert plan(Cache(tmp_path), keep={store.name: used}).steps == ()
+    gc = plan(Cache(tmp_path), keep={"another": used})
+    assert gc.utterances == 2
+
+
+def test_criteria_have_to_hold_together(tmp_path):
+    store = opened(tmp_path)
+    old, young = add(store, [1, 2]), add(store, [3, 4])
+    age(store, old, 1000.0)
+    age(store, young, 5000.0)
+    add(opened(tmp_path, OTHER), [1, 2])
+    gc = plan(
+        Cache(tmp_path),
+        older_than_s=2000.0,
+        now=6000.0,
+        keep={key(2)},
+        extractors=["test"],
+        compact=False,
+    )
+    assert [(s.store, s.action, s.parts, s.utterances) for s in gc.steps] == [
+        (store.name, "rewrite parts", (old,), 1)
+    ]
+
+
+def test_leftovers_are_swept_and_the_quarantine_only_on_request(tmp_path):
+    store = opened(tmp_path)
+    add(store, [1])
+    left = staging.temporary_folder(store.path) / "left"
+    (left / "content").mkdir(parents=True)
+    (left / "content/big").write_bytes(bytes(1000))
+    os.utime(left, (0, 0))
+    taken = tmp_path / (store.name + layout.QUARANTINE_SUFFIX) / "part-1"
+    taken.mkdir(parents=True)
+    (taken / "file").write_bytes(bytes(500))
+    gc, report = collected(tmp_path)
+    assert actions(gc) == ["sweep"]
+    assert report.bytes_freed == 1000
+    assert not left.exists()
+    assert taken.exists()
+    gc, report = collected(tmp_path, quarantine=True)
+    assert (actions(gc), report.bytes_freed) == (["drop quarantine"], 500)
+    assert not taken.parent.exists()
+
+
+def test_a_damaged_store_is_left_alone(tmp_path):
+    store = opened(tmp_path)
+    name = add(store, [1])
+    (store.path / "parts" / name / "zarr.json").write_text("{")
+    add(opened(tmp_path, OTHER), [1])
+    gc = plan(Cache(tmp_path), older_than_s=-1e6)
+    assert {step.store for step in gc.steps} == {opened(tmp_path, OTHER).name}
+    assert f"{store.name} is left as it is" in gc.notes[0]
+
+
+def test_a_plan_that_was_overtaken_does_no_harm(tmp_path):
+    store = opened(tmp_path)
+    for first in range(0, 8, 2):
+        add(store, range(first, first + 3))
+    before = content(tmp_path)
+    plans = [plan(Cache(tmp_path)) for _ in range(2)]
+    run(plans[0])
+    report = run(plans[1])
+    assert report.bytes_freed == report.parts_merged == 0
+    assert content(tmp_path) == before
+
+
+def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
+    store = opened(tmp_path)
+    add(store, [1, 2])
+    add(store, [3])
+    before = content(tmp_path)
+    gc = plan(Cache(tmp_path))
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(StorageFullError, match="No space left"):
+            run(gc)
+    assert content(tmp_path) == before
+    run(gc)
+    assert content(tmp_path) == before
+    assert len(store.place.part_names()) == 1
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing handles it."""
+
+
+CALLS = {"rename": 1, "unlink": 7, "rmdir": 5, "mkdir": 4, "write": 9, "scandir": 5}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_gc_that_is_killed_anywhere_loses_nothing_and_is_finished_by_the_next(
+    tmp_path, call, monkeypatch
+):
+    pristine = opened(tmp_path / "pristine")
+    add(pristine, [1, 2, 3])
+    add(pristine, [3, 4])
+    add(pristine, [1, 2])
+    age(pristine, add(pristine, [5, 6]), 1000.0)
+    before = content(tmp_path / "pristine")
+    expected = {its: before[its] for its in before if its not in (key(5), key(6))}
+    criteria = {"older_than_s": 2000.0}
+    real = getattr(os, call)
+    for allowed in range(0, 1000, CALLS[call]):
+        root = tmp_path / "cache"
+        shutil.copytree(tmp_path / "pristine", root)
+        calls = 0
+
+        def killed(*args, _allowed=allowed, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls > _allowed:
+                raise Killed
+            return real(*args, **kwargs)
+
+        gc = plan(Cache(root), **criteria)
+        finished = True
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, killed)
+            try:
+                run(gc)
+            except Killed:
+                finished = False
+        after = content(root)
+        assert expected.items() <= after.items()
+        assert after.items() <= before.items()
+        run(plan(Cache(root), **criteria))
+        assert content(root) == expected
+        again = plan(Cache(root), **criteria)
+        assert [step for step in again.steps if step.action != "sweep"] == []
+        assert verify(Cache(root).stores()).corrupt == ()
+        shutil.rmtree(root)
+        if finished:
+            break
+    assert finished
+    assert allowed > 0
+
+
+numbers = st.lists(st.integers(0, 12), min_size=1, max_size=5, unique=True)
+
+
+@settings(
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(
+    parts=st.lists(st.tuples(numbers, st.sampled_from([1.0, 1.0, 1e6])), min_size=1, max_size=6),
+    used=st.none() | st.sets(st.integers(0, 12)),
+    older=st.none() | st.integers(0, 6),
+    compact=st.booleans(),
+)
+def test_what_is_not_dropped_is_kept_bit_for_bit(tmp_path_factory, parts, used, older, compact):
+    root = tmp_path_factory.mktemp("gc")
+    store = opened(root)
+    dropped: dict[int, bool] = {}
+    for number, (its, peak) in enumerate(parts):
+        name = add(store, its, peak)
+        if name:
+            age(store, name, float(number))
+        for utterance in its if name else ():
+            is_old = older is None or number < 6 - older
+            is_used = used is not None and utterance in used
+            may = (older is not None or used is not None) and is_old and not is_used
+            dropped[utterance] = dropped.get(utterance, True) and may
+    before, was = content(root), size(store)
+    criteria = {
+        "keep": None if used is None else {key(n) for n in used},
+        "older_than_s": None if older is None else float(older),
+        "now": 6.0,
+        "compact": compact,
+    }
+    gc, report = collected(root, **criteria)
+    after = content(root)
+    assert after.keys() == {key(n) for n, gone in dropped.items() if not gone}
+    twice = sum(p.utterances for p in opened(root).parts()) - len(after)
+    assert twice == 0
+    assert report.utterances == gc.utterances == len(before) - len(after)
+    if not any(gone for gone in dropped.values()):
+        assert after == before
+    assert size(store) <= was
+    assert plan(Cache(root), **criteria).steps == ()
+    shutil.rmtree(root)

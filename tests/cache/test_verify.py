@@ -1,0 +1,650 @@
+"""Every damaged byte is found and named; a repair loses what is lost and nothing else."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mer.cache import layout, reader, staging
+from mer.cache.errors import StoreError
+from mer.cache.examine import single_byte_errors
+from mer.cache.home import Cache
+from mer.cache.spec import FeatureSpec, OutputSpec
+from mer.cache.store import Store
+from mer.cache.verify import Corruption, VerifyReport, total_bytes, verify
+
+SPEC = FeatureSpec(
+    slug="test",
+    identity={"name": "test"},
+    outputs=(
+        OutputSpec(name="final", dim=3, rate_hz=50.0),
+        OutputSpec(name="layer", dim=3, rate_hz=50.0),
+        OutputSpec(name="code", dim=1, rate_hz=None, dtype="uint8", kind="codes"),
+        OutputSpec(name="mean", dim=2, rate_hz=None, dtype="float32", kind="pooled"),
+    ),
+)
+OTHER = FeatureSpec(slug="test", identity={"name": "other"}, outputs=SPEC.outputs)
+KEYS = [bytes([number]) * 16 for number in range(7)]
+LENGTHS = [300, 0, 400, 700, 2, 800, 1]
+
+Content = dict[bytes, tuple[bytes, ...]]
+
+
+def arrays(number: int, shift: float = 0.0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(number)
+    length = LENGTHS[number]
+    return {
+        "final": rng.standard_normal((length, 3), dtype=np.float32) + np.float32(shift),
+        "layer": rng.standard_normal((length, 3), dtype=np.float32),
+        "code": rng.integers(0, 256, (length // 2, 1), dtype=np.uint8),
+        "mean": rng.standard_normal((1, 2), dtype=np.float32),
+    }
+
+
+def make(root: Path, spec: FeatureSpec = SPEC) -> Store:
+    """Two parts of four and three utterances."""
+    store = Cache(root).open(spec, create=True)
+    assert store is not None
+    with store.writer() as writer:
+        for number, key in enumerate(KEYS):
+            writer.add(key, 320 * number, arrays(number))
+            if number == 3:
+                writer.commit()
+    return store
+
+
+def content(store: Store) -> Content:
+    """All that is stored, by key, as bytes."""
+    fresh = Cache(store.path.parent).open(SPEC, create=True)
+    assert fresh is not None
+    names = [output.name for output in fresh.spec.outputs]
+    return {
+        key: (
+            str(fresh.input_length([key])).encode(),
+            *(fresh.frames(key, name).tobytes() for name in names),
+            *(fresh.pooled(name, [key]).tobytes() for name in ("final", "layer")),
+        )
+        for key in fresh.keys()  # noqa: SIM118 - not a mapping
+    }
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do not wait for the disk, where nobody cuts the power, and look at files every time."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    monkeypatch.setattr(reader._pool, "limit", 0)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return make(tmp_path / "cache")
+
+
+def check(store: Store, repair: bool = False) -> VerifyReport:
+    return verify([Store(store.path)], repair=repair, workers=1)
+
+
+def parts(store: Store) -> list[Path]:
+    folder = store.path / "parts"
+    return sorted(f for f in folder.iterdir() if f.is_dir())
+
+
+def part_of(store: Store, key: bytes) -> Path:
+    return next(f for f in parts(store) if key in (f / "key/c/0/0").read_bytes())
+
+
+def every_file(folder: Path) -> list[str]:
+    return sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file())
+
+
+def flip(file: Path, at: int, change: int = 0x10) -> None:
+    data = bytearray(file.read_bytes())
+    data[at] ^= change
+    file.write_bytes(data)
+
+
+def where(fault: Corruption) -> str:
+    return fault.file if fault.part is None else f"parts/{fault.part}/{fault.file}"
+
+
+def repaired(store: Store, before: Content) -> set[bytes]:
+    """Repair, check what a repair promises, and return the keys it lost."""
+    found = check(store)
+    report = check(store, repair=True)
+    assert report.corrupt == found.corrupt
+    again = check(store)
+    assert again.corrupt == ()
+    after = content(store)
+    lost = before.keys() - after.keys()
+    if not any("the keys of its" in fault.reason for fault in report.corrupt):
+        assert lost == set(report.lost)
+    assert after == {key: before[key] for key in before if key not in lost}
+    assert report.repaired or report.quarantined
+    return lost
+
+
+def test_a_sound_store_is_clean_and_every_byte_is_counted(store):
+    seen: list[int] = []
+    report = verify([store], progress=seen.append)
+    assert report.corrupt == report.notes == report.lost == ()
+    assert (report.stores, report.parts, report.utterances) == (1, 2, 7)
+    assert report.files == len(every_file(store.path))
+    size = sum((store.path / name).stat().st_size for name in every_file(store.path))
+    assert report.bytes == sum(seen) == total_bytes([store]) == size
+
+
+def test_stores_of_the_first_release_are_clean_and_their_damage_is_found(tmp_path):
+    store = make(tmp_path)
+    before = content(store)
+    for folder in parts(store):
+        mer = json.loads((folder / "zarr.json").read_text())["attributes"]["mer"]
+        for its in mer["outputs"].values():
+            del its["crc32c"]
+        del mer["store"], mer["part"], mer["checksum"]
+        (folder / "zarr.json").write_bytes(layout.to_bytes(layout.group_document(mer)))
+    assert check(store).corrupt == ()
+    shard = part_of(store, KEYS[3]) / "final/frames/c/0/0"
+    flip(shard, 10)
+    (fault,) = check(store).corrupt
+    assert fault.reason == "does not match its checksums in chunk 0 of 3"
+    assert fault.utterances == (KEYS[0], KEYS[2])
+    assert repaired(store, before) == {KEYS[0], KEYS[2]}
+
+
+def changes() -> Iterator[tuple[str, int, int]]:
+    """What is done to a byte, and to which of the metadata: every, every eleventh."""
+    yield from (("bit", 1 << 4, 1), ("case", 0x20, 11), ("all", 0xFF, 11))
+
+
+@pytest.mark.parametrize(("change", "stride"), [pytest.param(*c, id=n) for n, *c in changes()])
+def test_every_flipped_byte_is_found(store, change, stride):
+    names = every_file(store.path)
+    total = 0
+    for name in names:
+        file = store.path / name
+        data = file.read_bytes()
+        shard = "frames/c" in name
+        step = 997 if shard else stride if name.endswith("zarr.json") else 61
+        for at in [*range(total % step, len(data), step), len(data) - 1]:
+            total += 1
+            flip(file, at, change)
+            faults = check(store).corrupt
+            assert [where(fault) for fault in faults] == [name], at
+            file.write_bytes(data)
+    assert total > 5000 // stride
+    assert check(store).corrupt == ()
+
+
+def test_white_space_and_letter_case_in_metadata_are_bytes_too(store):
+    before = content(store)
+    for file in (store.path / "zarr.json", parts(store)[0] / "zarr.json"):
+        data = file.read_bytes()
+        file.write_bytes(data.replace(b"\n ", b"\n\t", 1))
+        (fault,) = check(store).corrupt
+        assert fault.reason == "is not spelled as it was written"
+        assert fault.restorable
+        assert fault.utterances == ()
+        assert check(store, repair=True).repaired == (str(file),)
+        assert file.read_bytes() == data
+    assert content(store) == before
+
+
+def test_damage_is_narrowed_down_to_the_utterances_that_touch_it(store):
+    """Part of the keys 0 to 3: 1,400 frames in chunks of 512, bounds at 300, 300, 700."""
+    folder = part_of(store, KEYS[0])
+    chunk = 512 * 3 * 2 + 4
+    expected = {0: {0, 2}, 1: {2, 3}, 2: {3}}
+    for number, touched in expected.items():
+        shard = folder / "final/frames/c/0/0"
+        data = shard.read_bytes()
+        flip(shard, number * chunk + 5)
+        (fault,) = check(store).corrupt
+        assert set(fault.utterances) == {KEYS[i] for i in touched}
+        assert fault.reason == f"does not match its checksums in chunk {number} of 3"
+        assert not fault.restorable
+        assert str(fault) == (
+            f"{store.path}/parts/{folder.name}/final/frames/c/0/0 does not match its checksums in "
+            f"chunk {number} of 3."
+        )
+        shard.write_bytes(data)
+
+
+def flip_middle(file: Path) -> None:
+    flip(file, file.stat().st_size // 2)
+
+
+def flip_end(file: Path) -> None:
+    flip(file, file.stat().st_size - 1)
+
+
+def truncate(file: Path) -> None:
+    os.truncate(file, file.stat().st_size - 3)
+
+
+def extend(file: Path) -> None:
+    file.write_bytes(file.read_bytes() + b"more")
+
+
+def overwrite(file: Path) -> None:
+    file.write_bytes(bytes(file.stat().st_size))
+
+
+HARMS = (flip_middle, flip_end, truncate, extend, os.unlink, overwrite)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_repair_loses_what_is_lost_for_damage_in_any_file(tmp_path, number):
+    pristine = make(tmp_path / "pristine")
+    before = content(pristine)
+    names = every_file(parts(pristine)[number])
+    for at, name in enumerate(names):
+        for harm in HARMS if number == 0 else HARMS[at % 6 :: 6]:
+            root = tmp_path / f"{at}-{harm.__name__}"
+            shutil.copytree(tmp_path / "pristine", root)
+            store = Store(root / pristine.name)
+            file = parts(store)[number] / name
+            harm(file)
+            lost = repaired(store, before)
+            small = name != "zarr.json" and (name.endswith("zarr.json") or "frames" in name)
+            if (
+                harm in (extend, flip_end)
+                and name != "zarr.json"
+                or small
+                and name.endswith("zarr.json")
+            ):
+                assert not lost
+            elif name == "zarr.json":
+                assert len(lost) == (4 if KEYS[0] in lost else 3)
+            shutil.rmtree(root)
+
+
+def test_one_wrong_byte_of_a_small_array_is_put_right(store):
+    before = content(store)
+    folder = part_of(store, KEYS[0])
+    for name in ("key/c/0/0", "input_length/c/0", "final/offsets/c/0", "final/pooled/c/0/0/0"):
+        data = (folder / name).read_bytes()
+        flip(folder / name, len(data) // 3, 0x7F)
+        assert repaired(store, before) == set()
+        assert (folder / name).read_bytes() == data
+
+
+def test_offsets_are_restored_from_another_layer(store):
+    before = content(store)
+    folder = part_of(store, KEYS[0])
+    (folder / "final/offsets/c/0").unlink()
+    assert repaired(store, before) == set()
+    (folder / "final/offsets/c/0").write_bytes(b"")
+    (folder / "layer/offsets/c/0").write_bytes(b"")
+    assert repaired(store, before) == set(KEYS[:4])
+
+
+def test_the_one_byte_that_explains_a_checksum_is_found():
+    import google_crc32c
+
+    rng = np.random.default_rng(0)
+    for length in (1, 2, 5, 1000):
+        data = rng.integers(0, 256, length, dtype=np.uint8)
+        for at in {0, length // 2, length - 1}:
+            changed = data.copy()
+            changed[at] ^= 0xA5
+            before, after = (google_crc32c.value(d.tobytes()) for d in (data, changed))
+            assert (at, 0xA5) in list(single_byte_errors(before ^ after, length))
+
+
+def test_exchanged_files_are_found(store, tmp_path):
+    """Any two files of one size, within a part and between parts."""
+    before = content(store)
+    sizes: dict[int, list[str]] = {}
+    for name in every_file(store.path):
+        sizes.setdefault((store.path / name).stat().st_size, []).append(name)
+    pairs = [pair for same in sizes.values() for pair in combinations(same, 2)]
+    twin = parts(store)
+    shards = [f"parts/{f.name}/{o}/frames/c/0/0" for f in twin for o in ("final", "layer")]
+    pairs += list(combinations(shards, 2))
+    exchanged = 0
+    for a, b in pairs:
+        one, other = (store.path / name for name in (a, b))
+        ours, theirs = one.read_bytes(), other.read_bytes()
+        if ours == theirs:
+            continue
+        exchanged += 1
+        one.write_bytes(theirs)
+        other.write_bytes(ours)
+        faults = check(store).corrupt
+        assert {a, b} <= {where(fault) for fault in faults}
+        one.write_bytes(ours)
+        other.write_bytes(theirs)
+    assert exchanged > 10
+    assert content(store) == before
+
+
+def test_two_shards_of_one_part_that_are_exchanged_are_found(store):
+    before = content(store)
+    folder = part_of(store, KEYS[0])
+    exchange(folder / "final/frames/c/0/0", folder / "layer/frames/c/0/0")
+    report = check(store)
+    assert [fault.file for fault in report.corrupt] == [
+        "final/frames/c/0/0",
+        "layer/frames/c/0/0",
+    ]
+    assert repaired(store, before) == {KEYS[0], KEYS[2], KEYS[3]}
+
+
+def exchange(a: Path, b: Path) -> None:
+    spare = a.with_name("spare")
+    a.rename(spare)
+    b.rename(a)
+    spare.rename(b)
+
+
+def test_two_exchanged_parts_are_found_and_nothing_is_lost(store):
+    before = content(store)
+    a, b = parts(store)
+    exchange(a, b)
+    report = check(store)
+    assert {(fault.part, fault.file) for fault in report.corrupt} == {
+        (a.name, "zarr.json"),
+        (b.name, "zarr.json"),
+    }
+    assert f"is the manifest of part {b.name}, not of this one" in report.corrupt[0].reason
+    assert repaired(store, before) == set()
+
+
+def test_a_part_of_another_store_is_found(store, tmp_path):
+    before = content(store)
+    foreign = make(tmp_path / "other", OTHER)
+    name = parts(foreign)[0].name
+    shutil.rmtree(store.path / "parts" / name)
+    shutil.copytree(foreign.path / "parts" / name, store.path / "parts" / name)
+    (fault,) = check(store).corrupt
+    assert fault.reason == (
+        f"belongs to another store, the one with the fingerprint {foreign.fingerprint}"
+    )
+    assert set(fault.utterances) == repaired(store, before)
+    assert not (store.path / "parts" / name).exists()
+
+
+def test_a_restored_old_part_is_noted_and_compared(store, tmp_path):
+    """A copy of utterances that are stored already, with other values."""
+    rewriting = make(tmp_path / "old")
+    shutil.rmtree(rewriting.path / "parts")
+    (rewriting.path / "parts").mkdir()
+    (rewriting.path / "parts/zarr.json").write_bytes(layout.to_bytes(layout.group_document()))
+    with Store(rewriting.path).writer() as writer:
+        writer.add(KEYS[0], 0, arrays(0, shift=0.5))
+        writer.add(KEYS[2], 640, arrays(2))
+    (old,) = parts(rewriting)
+    shutil.copytree(old, store.path / "parts" / old.name)
+    report = check(store)
+    assert report.corrupt == ()
+    twice, differ = report.notes
+    assert "holds 2 utterances in more than one part; `mer cache gc` merges them" in twice
+    assert "holds other values for 1 utterances in another part: output 'final'" in differ
+    assert "differs by up to 0.50" in differ
+
+
+def test_what_is_no_part_is_noted_and_left_alone(store):
+    (store.path / "parts/lost+found").mkdir()
+    (store.path / "readme.txt").write_text("mine")
+    (parts(store)[0] / "mine.txt").write_text("mine")
+    report = check(store, repair=True)
+    assert report.corrupt == report.quarantined == ()
+    text = "\n".join(report.notes)
+    assert "holds parts/lost+found, which is no part of a store" in text
+    assert "holds readme.txt, which is no part of a store" in text
+    assert "holds 1 files that its manifest does not list, the first is mine.txt" in text
+    assert (store.path / "readme.txt").exists()
+
+
+def test_the_metadata_of_parts_is_made_anew(store):
+    before = content(store)
+    file = store.path / "parts/zarr.json"
+    data = file.read_bytes()
+    for harm in (flip_middle, os.unlink):
+        harm(file)
+        assert repaired(store, before) == set()
+        assert file.read_bytes() == data
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [
+        pytest.param(os.unlink, "is missing: the store has no metadata", id="lost"),
+        pytest.param(truncate, "is not JSON any more", id="cut"),
+        pytest.param(lambda f: flip(f, f.read_bytes().index(b"test")), "checksum", id="flipped"),
+        pytest.param(lambda f: f.write_text("{}"), "not the metadata of a store", id="emptied"),
+    ],
+)
+def test_damaged_store_metadata_is_taken_out_and_made_anew(store, harm, reason):
+    before = content(store)
+    harm(store.path / "zarr.json")
+    flip(part_of(store, KEYS[0]) / "final/frames/c/0/0", 3)
+    report = check(store, repair=True)
+    root, shard = sorted(report.corrupt, key=lambda fault: fault.part or "")
+    assert (root.part, root.file, root.utterances) == (None, "zarr.json", ())
+    assert reason in root.reason
+    assert shard.utterances == (KEYS[0], KEYS[2])
+    after = content(store)  # Cache.open makes the metadata
+    assert after == {key: before[key] for key in before if key not in shard.utterances}
+    assert check(store).corrupt == ()
+
+
+def test_a_root_that_waits_for_the_next_extraction_is_clean(store):
+    truncate(store.path / "zarr.json")
+    check(store, repair=True)
+    report = check(store)
+    assert report.corrupt == ()
+    assert "waits for `mer extract` to make its metadata anew" in report.notes[0]
+
+
+def test_the_root_of_another_store_is_found(store, tmp_path):
+    foreign = make(tmp_path / "other", OTHER)
+    shutil.copy(foreign.path / "zarr.json", store.path / "zarr.json")
+    fault = check(store).corrupt[0]
+    assert fault.reason == (
+        f"is that of another store, the one with the fingerprint {foreign.fingerprint}"
+    )
+
+
+def test_a_newer_format_is_no_damage(store):
+    for file in (store.path / "zarr.json", parts(store)[0] / "zarr.json"):
+        mer = json.loads(file.read_text())["attributes"]["mer"]
+        mer["format"] = 2
+        file.write_bytes(layout.to_bytes(layout.group_document(mer)))
+        report = check(store, repair=True)
+        assert report.corrupt == report.quarantined == ()
+        assert "has format 2, which this release cannot check: update mer" in report.notes[-1]
+
+
+def test_all_faults_are_collected(store):
+    a, b = parts(store)
+    flip(a / "final/frames/c/0/0", 3)
+    (a / "layer/pooled/c/0/0/0").unlink()
+    (b / "zarr.json").write_text("{")
+    (store.path / "parts/zarr.json").unlink()
+    report = check(store)
+    assert sorted(where(fault) for fault in report.corrupt) == sorted(
+        [
+            f"parts/{a.name}/final/frames/c/0/0",
+            f"parts/{a.name}/layer/pooled/c/0/0/0",
+            f"parts/{b.name}/zarr.json",
+            "parts/zarr.json",
+        ]
+    )
+
+
+def test_a_part_that_is_merged_away_while_it_is_read_is_no_damage(store, monkeypatch):
+    from mer.cache.raw import LocalRaw
+
+    gone = parts(store)[0]
+    real = LocalRaw.read
+
+    def read(self, file, start=0, stop=None):
+        if gone.name in file and "pooled" in file:
+            shutil.rmtree(gone, ignore_errors=True)
+        return real(self, file, start, stop)
+
+    monkeypatch.setattr(LocalRaw, "read", read)
+    report = check(store, repair=True)
+    assert report.corrupt == report.quarantined == ()
+    assert report.parts == 1
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch, code: int, chosen: Callable[[str], bool]) -> None:
+    real = os.open
+
+    def limited(path, flags, *args, **kwargs):
+        if chosen(str(path)):
+            raise OSError(code, os.strerror(code), path)
+        return real(path, flags, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", limited)
+
+
+def test_what_may_not_be_read_is_reported_and_left_alone(store, monkeypatch):
+    name = parts(store)[0].name
+    with monkeypatch.context() as patch:
+        refuse(patch, errno.EACCES, lambda p: p.endswith(f"{name}/final/frames/c/0/0"))
+        report = check(store, repair=True)
+    (fault,) = report.corrupt
+    assert (fault.file, fault.reason) == (
+        "final/frames/c/0/0",
+        "cannot be read: Permission denied",
+    )
+    assert fault.utterances == report.quarantined == ()
+    assert "could not be read and was left as it is" in report.notes[0]
+    assert check(store).corrupt == ()
+
+
+def test_a_disk_that_fails_in_places_loses_those_places(store, monkeypatch):
+    before = content(store)
+    shard = part_of(store, KEYS[0]) / "final/frames/c/0/0"
+    chunk = 512 * 3 * 2 + 4
+    real_open, real_read, bad = os.open, os.preadv, set()
+
+    def opened(path, *args, **kwargs):
+        descriptor = real_open(path, *args, **kwargs)
+        bad.discard(descriptor)
+        if str(path) == str(shard):
+            bad.add(descriptor)
+        return descriptor
+
+    def read(descriptor, buffers, offset, *args):
+        wanted = sum(len(b) for b in buffers)
+        if descriptor in bad and offset < 2 * chunk and offset + wanted > chunk:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real_read(descriptor, buffers, offset, *args)
+
+    monkeypatch.setattr(os, "open", opened)
+    monkeypatch.setattr(os, "preadv", read)
+    report = check(store, repair=True)
+    (fault,) = report.corrupt
+    assert fault.reason == f"cannot be read: {os.strerror(errno.EIO)}"
+    assert set(fault.utterances) == {KEYS[2], KEYS[3]}
+    after = content(store)
+    assert after == {key: before[key] for key in before if key not in fault.utterances}
+
+
+def test_a_read_only_store_says_that_it_cannot_be_repaired(store, monkeypatch):
+    flip(parts(store)[0] / "final/frames/c/0/0", 3)
+
+    def no(path, *args, **kwargs):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), os.fspath(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "mkdir", no)
+        report = check(store, repair=True)
+    assert len(report.corrupt) == 1
+    assert report.repaired == report.quarantined == ()
+    assert "could not be repaired" in report.notes[0]
+    assert os.strerror(errno.EROFS) in report.notes[0]
+
+
+CALLS = {"rename": 1, "replace": 1, "unlink": 1, "rmdir": 1, "mkdir": 5, "fsync": 9, "write": 7}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_repair_that_is_killed_anywhere_is_finished_by_the_next(tmp_path, call, monkeypatch):
+    pristine = make(tmp_path / "pristine")
+    before = content(pristine)
+    folder = part_of(pristine, KEYS[0])
+    flip(folder / "final/frames/c/0/0", 3)
+    flip(folder / "key/zarr.json", 3)
+    (part_of(pristine, KEYS[5]) / "mean/frames/c/0/0").unlink()
+    expected = {key: value for key, value in before.items() if key == KEYS[1] or key == KEYS[3]}
+    real = getattr(os, call)
+    for allowed in range(0, 400, CALLS[call]):
+        root = tmp_path / "cache"
+        shutil.copytree(tmp_path / "pristine", root)
+        store = Store(root / pristine.name)
+        calls = 0
+
+        def killed(*args, _allowed=allowed, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls > _allowed:
+                raise Killed
+            return real(*args, **kwargs)
+
+        finished = True
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, killed)
+            try:
+                check(store, repair=True)
+            except Killed:
+                finished = False
+        faults = check(store, repair=True).corrupt
+        assert not faults or not finished
+        assert check(store).corrupt == ()
+        assert content(store) == expected
+        shutil.rmtree(root)
+        if finished:
+            break
+    assert finished
+    assert allowed > 0 or call == "unlink"
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing handles it."""
+
+
+def test_a_copy_in_the_quarantine_is_never_overwritten(store):
+    for number in (1, 2):
+        name = parts(store)[0].name
+        (store.path / "parts" / name / "zarr.json").write_text("{")
+        (moved,) = check(store, repair=True).quarantined
+        assert moved == f"{store.path}.quarantine/{name}-{number}"
+        make(store.path.parent)
+    assert staging.temporary_folder(store.path).exists() is False
+
+
+def test_a_store_that_cannot_be_listed_is_reported(store, monkeypatch):
+    real = os.scandir
+
+    def refuse_root(path):
+        if str(path) == str(store.path):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", refuse_root)
+    report = check(store, repair=True)
+    assert report.corrupt[0].reason == "cannot be read: Permission denied"
+    assert report.quarantined == ()
+
+
+def test_several_stores_are_verified_in_one_run(store, tmp_path):
+    foreign = make(tmp_path / "other", OTHER)
+    flip(parts(foreign)[0] / "final/frames/c/0/0", 3)
+    report = verify([store, foreign], workers=2)
+    assert (report.stores, report.parts, report.utterances) == (2, 4, 14 - len(report.lost))
+    assert {fault.store for fault in report.corrupt} == {str(foreign.path)}
+    with pytest.raises(StoreError, match="does not match its checksum"):
+        [foreign.frames(key, "final") for key in KEYS]
