@@ -101,7 +101,7 @@ def _splits(
     streams: Mapping[str, Outgoing], labels: Mapping[str, Mapping[str, Any]] | None
 ) -> dict[str, list[str]]:
     """Return the ids of every split, in the order of the first stream."""
-    if not labels:
+    if not isinstance(labels, Mapping) or not labels:
         raise UsageError("An MMSA pickle needs splits and labels: export with a manifest.")
     first, *rest = streams.values()
     common = set(first.ids).intersection(*(stream.ids for stream in rest))
