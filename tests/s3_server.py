@@ -288,8 +288,8 @@ def serve_folder(root: Path) -> Callable[[str, str, dict[str, str], bytes], Answ
             if wanted is None:
                 return 200, described, source.read()
             first, _, last = wanted.removeprefix("bytes=").partition("-")
-            start = int(first)
-            stop = min(int(last) + 1 if last else state.st_size, state.st_size)
+            start = int(first) if first else max(0, state.st_size - int(last))
+            stop = min(int(last) + 1 if first and last else state.st_size, state.st_size)
             if start >= stop:
                 return 416, described, b""
             source.seek(start)
