@@ -6,8 +6,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from mer.cache.errors import UtteranceError
+from mer.cache.errors import DamagedStoreError, StoreError, UtteranceError
 from mer.cache.home import Cache
+from mer.cache.spec import FeatureSpec
+from mer.cache.store import Store
 from mer.extract.contract import Extractor, Source
 from mer.extract.inputs import Failure, FileState, check_unchanged, no_audio, no_text, resolve
 
@@ -160,10 +162,21 @@ def plan(
     return planned
 
 
+def _open(cache: Cache, spec: FeatureSpec) -> Store | None:
+    """Open a feature's store; one whose metadata a repair took out gets it anew from the spec."""
+    try:
+        return cache.open(spec)
+    except DamagedStoreError as damage:
+        try:
+            return cache.open(spec, create=True)  # makes what is missing, else raises again
+        except StoreError:
+            raise damage from None
+
+
 def _plan_feature(planned: Plan, feature: str, extractor: Extractor, cache: Cache) -> FeaturePlan:
     sources, keys = planned.sources, planned.keys[extractor.modality]
     here = [i for i, source in enumerate(sources) if source.id in keys]
-    store = cache.open(extractor.spec)
+    store = _open(cache, extractor.spec)
     if store is None:
         stored = [False] * len(here)
     else:
