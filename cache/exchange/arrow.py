@@ -2,6 +2,7 @@
 
 Columns ``id`` (text), ``key`` (16 bytes), ``input_length`` (int64), and one per output: a list of T
 lists of D values, in the stored type. The schema's metadata has ``mer``, the provenance as JSON.
+The keys are plain binary, because not every release of datasets knows binary of a fixed size.
 
 ``datasets.load_dataset("parquet", data_files=…)`` and ``Dataset.from_parquet`` read the one,
 ``Dataset.from_file`` the other, which is an Arrow IPC stream.
@@ -101,7 +102,7 @@ def _schema(source: Outgoing) -> Any:
         raise UsageError(f"An output is named {taken!r}, which tables need themselves.")
     fields = [
         pa.field("id", pa.string(), nullable=False),
-        pa.field("key", pa.binary(KEY_BYTES), nullable=False),
+        pa.field("key", pa.binary(), nullable=False),
         pa.field("input_length", pa.int64(), nullable=False),
     ]
     for output in source.outputs:
@@ -127,7 +128,7 @@ def _batch(rows: list[Row], source: Outgoing, schema: Any) -> Any:
     pa = _pyarrow()
     columns = [
         pa.array([row.id for row in rows], pa.string()),
-        pa.array([row.key for row in rows], pa.binary(KEY_BYTES)),
+        pa.array([row.key for row in rows], pa.binary()),
         pa.array([row.input_length for row in rows], pa.int64()),
     ]
     for output in source.outputs:

@@ -307,6 +307,23 @@ def test_parquet_and_arrow_as_pyarrow_reads_them(filled, tmp_path):
             np.testing.assert_array_equal(np.reshape(frames, expected[name].shape), expected[name])
 
 
+def test_parquet_and_arrow_as_hugging_face_datasets_loads_them(filled, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hf"))
+    datasets = pytest.importorskip("datasets")
+    export(filled, tmp_path / "a.parquet", "parquet", ids=IDS)
+    export(filled, tmp_path / "a.arrow", "arrow", ids=IDS)
+    files = {"parquet": str(tmp_path / "a.parquet")}
+    loaded = datasets.load_dataset(
+        "parquet", data_files=files, split="parquet", cache_dir=str(tmp_path / "hf")
+    )
+    expected = frames_of(filled, "final")
+    for data in (loaded, datasets.Dataset.from_file(str(tmp_path / "a.arrow"))):
+        assert sorted(data["id"]) == sorted(expected)
+        for row in data:
+            frames = expected[row["id"]]
+            np.testing.assert_array_equal(np.reshape(row["final"], frames.shape), frames)
+
+
 def test_half_floats_are_half_floats_in_tables(tmp_path):
     spec = FeatureSpec(slug="half", identity={"a": 1}, outputs=(SPEC.outputs[0],))
     store = Cache(tmp_path).open(spec, create=True)
