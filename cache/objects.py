@@ -9,8 +9,9 @@ Settings come from the environment that other tools use already:
   ``AWS_SKIP_SIGNATURE=true`` asks for that at once. ``AWS_REGION`` or ``AWS_DEFAULT_REGION``;
   ``AWS_ENDPOINT_URL`` for another server, which may be ``http://``;
   ``AWS_VIRTUAL_HOSTED_STYLE_REQUEST`` and the other names that obstore documents for ``S3Store``.
-- Google: ``GOOGLE_APPLICATION_CREDENTIALS``, ``GOOGLE_SERVICE_ACCOUNT``, ``GOOGLE_SKIP_SIGNATURE``
-  and the other names that obstore documents for ``GCSStore``.
+- Google: ``GOOGLE_APPLICATION_CREDENTIALS``, ``GOOGLE_SERVICE_ACCOUNT``,
+  ``GOOGLE_SKIP_SIGNATURE=true``, ``GOOGLE_BASE_URL`` for another server, and the other names that
+  obstore documents for ``GCSStore``.
 - Web servers: nothing. Proxies by ``HTTPS_PROXY`` and ``NO_PROXY`` everywhere.
 
 Every request is tried again, after a wait that doubles, when the server answers 5xx or 429, when
@@ -25,6 +26,7 @@ import logging
 import os
 import random
 import re
+import sys
 import threading
 import time
 from collections import deque
@@ -49,7 +51,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 SCHEMES = ("s3", "gs", "http", "https")
-TRIES = 8
+TRIES = 10
 FIRST_WAIT_S = 0.1
 LONGEST_WAIT_S = 10.0
 READ_TIMEOUT_S = 30.0  # without a byte; a whole request may take much longer
@@ -63,11 +65,6 @@ _STATUS = re.compile(r"status code: (\d{3}) ?([A-Za-z -]*)")
 _CODE = re.compile(r"<Code>(\w+)</Code>")
 _NO_ROLE = ("169.254.169.254", "metadata.google.internal", "fd00:ec2")
 _PASSING = {408, 409, 425, 429}
-
-
-def is_url(text: str) -> bool:
-    """Return whether ``text`` names something on a server (``s3://…``), not a local path."""
-    return text.split("://", 1)[0] in SCHEMES and "://" in text
 
 
 @dataclass(frozen=True, slots=True)
@@ -638,7 +635,7 @@ _left_behind: list[Any] = []  # dropping them would wait for threads that are go
 def _after_fork() -> None:
     global _lock, _clients, _executor, _api, _forked
     _lock = threading.Lock()
-    if _api is not None:
+    if "obstore._obstore" in sys.modules:  # whoever used it
         _left_behind.extend((_clients, _executor, _api))
         _clients, _api, _forked = {}, None, True
     _executor = None
@@ -749,11 +746,14 @@ def _make_client(scheme: str, host: str) -> _Client:
     else:
         if scheme == "s3":
             settings, may_lack_role = _s3_settings((scheme, host) in _anonymous)
-            options["allow_http"] = _allows_http()
+            options["allow_http"] = _is_set("AWS_ALLOW_HTTP") or _any_is_http(
+                "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"
+            )
             kind = api._store.S3Store
         else:
+            options["allow_http"] = _any_is_http("GOOGLE_BASE_URL")
             settings = {"skip_signature": True} if (scheme, host) in _anonymous else {}
-            may_lack_role = not settings and not any(
+            may_lack_role = not (settings or _is_set("GOOGLE_SKIP_SIGNATURE")) and not any(
                 os.environ.get(name)
                 for name in (
                     "GOOGLE_APPLICATION_CREDENTIALS",
@@ -771,11 +771,12 @@ def _make_client(scheme: str, host: str) -> _Client:
     return _Client(api, make(never), make(some), may_lack_role)
 
 
-def _allows_http() -> bool:
-    endpoints = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
-    if os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true", "yes"):
-        return True
-    return any(os.environ.get(name, "").startswith("http://") for name in endpoints)
+def _is_set(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true", "yes")
+
+
+def _any_is_http(*names: str) -> bool:
+    return any(os.environ.get(name, "").startswith("http://") for name in names)
 
 
 def _s3_settings(anonymous: bool) -> tuple[dict[str, Any], bool]:
@@ -796,7 +797,7 @@ def _s3_settings(anonymous: bool) -> tuple[dict[str, Any], bool]:
         )
     ):
         return {}, False
-    if os.environ.get("AWS_EC2_METADATA_DISABLED", "").lower() == "true":
+    if _is_set("AWS_EC2_METADATA_DISABLED"):
         return {"skip_signature": True}, False
     return {}, True
 

@@ -460,7 +460,12 @@ class ObjectPlace:
             try:
                 reader.load()
             except PartGoneError:
-                return None
+                if not self.bucket.is_web:
+                    return None
+                return DamagedStoreError(
+                    f"{self.url}{PARTS_SUFFIX} lists part {part}, which is not there. Write the "
+                    "list anew."
+                )
             except DamagedStoreError as error:
                 return error
             return reader

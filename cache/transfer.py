@@ -8,6 +8,7 @@ what is new.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ from mer.cache.home import Cache
 from mer.cache.layout import FileRecord
 from mer.cache.place import Place
 from mer.cache.reader import PartGoneError, PartReader
-from mer.cache.remote import ObjectPlace, chunk_sums
+from mer.cache.remote import PARTS_SUFFIX, ObjectPlace, chunk_sums, parts_list
 from mer.cache.spec import OutputSpec
 from mer.cache.staging import write_file, writing
 from mer.cache.store import Store
@@ -106,6 +107,27 @@ def copy(
         raise UsageError(f"{source.url} would be copied onto itself.")
     store.place.sweep()
     return _Copy(source, store, keys, progress).run()
+
+
+def write_parts_list(store: Store) -> str:
+    """Write the list of a store's parts beside it, for readers behind a web server.
+
+    ``copy`` keeps the one of an object store up to date; that of a folder is written anew when the
+    folder goes to a web server.
+
+    Returns
+    -------
+    str
+        Path or URL of the list.
+    """
+    place = store.place
+    if isinstance(place, ObjectPlace):
+        return place.write_parts_list()
+    path = store.path.with_name(store.name + PARTS_SUFFIX)
+    with writing(place.url), place.staging() as temporary:
+        write_file(temporary, [parts_list(place.part_names())])
+        os.replace(temporary, path)
+    return str(path)
 
 
 def _open_target(source: Store, target: Cache) -> Store:

@@ -748,6 +748,10 @@ def test_web_server_is_read_by_the_list_of_parts(bucket: S3, content: Content, t
             store.writer(),
         ):
             pass
+        lost = parts_list([*(part.id for part in local.parts()), "0" * 32])
+        local.path.with_name(local.name + remote.PARTS_SUFFIX).write_bytes(lost)
+        with pytest.raises(DamagedStoreError, match=f"lists part {'0' * 32}, which is not there"):
+            open_store(url)
         local.path.with_name(local.name + remote.PARTS_SUFFIX).write_bytes(b"<html>")
         with pytest.raises(DamagedStoreError, match="is not a list of parts"):
             open_store(url)
@@ -765,3 +769,15 @@ def test_list_of_parts_follows_the_store(store: Store, content: Content, bucket:
     fresh.place.remove(fresh.parts()[0].id)
     listed = json.loads(bucket.object(f"{store.name}.parts.json"))
     assert len(listed["parts"]) == len(fresh.parts()) - 1
+
+
+def test_google_is_read_too(
+    bucket: S3, content: Content, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    local = Cache(tmp_path / "site").open(SPEC, create=True)
+    write(local, content)
+    with Gateway(serve_folder(tmp_path)).running() as gateway:
+        monkeypatch.setenv("GOOGLE_BASE_URL", gateway.url)
+        monkeypatch.setenv("GOOGLE_SKIP_SIGNATURE", "true")
+        assert [store.name for store in Cache("gs://site").stores()] == [local.name]
+        check(open_store(f"gs://site/{local.name}"), content)

@@ -18,7 +18,7 @@ from mer.cache.errors import DamagedStoreError, StorageFullError, StoreError, Us
 from mer.cache.home import Cache, open_store
 from mer.cache.spec import FeatureSpec, OutputSpec
 from mer.cache.store import Store
-from mer.cache.transfer import copy
+from mer.cache.transfer import copy, write_parts_list
 
 SPEC = FeatureSpec(
     slug="test",
@@ -276,8 +276,7 @@ def test_store_of_the_first_release_is_completed_on_the_way(
 
 
 def test_copy_from_a_web_server(local: Store, bucket: S3, content: Content, tmp_path: Path):
-    parts = remote.parts_list([part.id for part in local.parts()])
-    local.path.with_name(local.name + remote.PARTS_SUFFIX).write_bytes(parts)
+    assert write_parts_list(local) == f"{local.url}.parts.json"
     with Gateway(serve_folder(tmp_path)).running() as gateway:
         source = open_store(f"{gateway.url}/local/{local.name}")
         report = copy(source, Cache(tmp_path / "copy"))
