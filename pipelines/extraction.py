@@ -164,7 +164,7 @@ def _stores(planned: Plan, cache: Cache) -> dict[str, dict[str, Any]]:
             info = store.info()
             first = feature.extractor.outputs[0].name
             stores[feature.feature] = {
-                "path": str(store.path),
+                "path": store.url,
                 "frames": info.outputs[first].frames,
                 "bytes": info.bytes,
             }

@@ -619,6 +619,110 @@ def test_a_refusal_of_the_file_system_is_one_message_and_loses_nothing(
         assert keys_of(target) == before
 
 
+# Over the network ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    pytest.importorskip("obstore")
+    pytest.importorskip("moto")
+    from s3_server import s3, settings
+
+    from mer.cache import objects, remote
+
+    monkeypatch.setenv("MER_LOCAL_COPY", str(tmp_path / "copy"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setattr(objects, "FIRST_WAIT_S", 0.001)
+    remote.memory.clear()
+    with s3() as made:
+        for name, value in settings(made.gateway.url).items():
+            monkeypatch.setenv(name, value)
+        yield made
+    remote.memory.clear()
+
+
+def test_a_cache_in_a_bucket_takes_every_command(
+    mer: Mer, bucket: Any, cache: Path, corpus: Path, tmp_path: Path
+) -> None:
+    url = bucket.url
+    code, result, _ = mer("cache", "cp", cache, url, "--json")
+    assert code == 0
+    assert sum(r["utterances"] for r in result["stores"]) == 16
+    code, result, _ = mer("extract", corpus, "-f", FEATURE, "--cache", url, "--json")
+    assert (code, result["computed"], result["reused"]) == (0, 0, len(IDS))
+    code, result, _ = mer("extract", corpus, "-f", "logmel:n_mels=4", "--cache", url, "--json")
+    assert (code, result["computed"], result["reused"]) == (0, len(IDS), 0)
+    code, result, _ = mer("cache", "ls", "--cache", url, "--json")
+    assert code == 0
+    assert [s["utterances"] for s in result["stores"]] == [8, 8, 8]
+    name = names(cache)[0]
+    for what in (f"{url}/{name}", name):
+        code, info, _ = mer("cache", "info", what, "--cache", url, "--json")
+        assert (code, info["path"], info["utterances"]) == (0, f"{url}/{name}", 8)
+    assert mer("cache", "du", "--cache", url)[0] == 0
+    code, result, _ = mer("cache", "verify", "--cache", url, "--json")
+    assert (code, result["corrupt"], result["utterances"]) == (0, [], 24)
+    code, result, _ = mer("cache", "gc", "--cache", url, "--json")
+    assert (code, result["utterances"]) == (0, 0)
+    code, result, _ = mer("cache", "diff", store_at(cache), f"{url}/{name}", "--json")
+    assert (code, result["equal"]) == (0, True)
+    target = tmp_path / "out.h5"
+    argv = ("--format", "hdf5", "--dataset", corpus, "--cache", url)
+    assert mer("cache", "export", name, target, *argv)[0] == 0
+    assert mer("cache", "cp", url, tmp_path / "back")[0] == 0
+    assert keys_of(tmp_path / "back").items() >= keys_of(cache).items()
+
+
+def test_damage_in_a_bucket_is_found_and_repaired(
+    mer: Mer, bucket: Any, cache: Path, corpus: Path
+) -> None:
+    from mer.cache import remote
+
+    assert mer("cache", "cp", cache, bucket.url)[0] == 0
+    name = names(cache)[0]
+    part = Cache(bucket.url)[name].parts()[0].id
+    path = f"{name}/parts/{part}/logmel/frames/c/0/0"
+    content = bytearray(bucket.object(path))
+    content[3] ^= 4
+    bucket.object(path, bytes(content))
+    remote.memory.clear()
+    code, found, _ = mer("cache", "verify", "--cache", bucket.url, "--json")
+    assert code == 4
+    assert [(c["part"], c["file"]) for c in found["corrupt"]] == [(part, "logmel/frames/c/0/0")]
+    assert mer("cache", "verify", "--repair", "--cache", bucket.url)[0] == 4
+    code, result, _ = mer("extract", corpus, "-f", FEATURE, "--cache", bucket.url, "--json")
+    assert code == 0
+    assert result["computed"] == len(found["lost"])
+    assert mer("cache", "verify", "--cache", bucket.url)[0] == 0
+
+
+def test_a_published_cache_can_be_looked_at_and_copied_but_not_changed(
+    mer: Mer, bucket: Any, cache: Path, tmp_path: Path
+) -> None:
+    name = names(cache)[0]
+    assert mer("cache", "cp", cache, bucket.url)[0] == 0
+    site = f"{bucket.gateway.url}/{bucket.bucket}/cache"
+    code, info, _ = mer("cache", "info", f"{site}/{name}", "--json")
+    assert code == 0
+    assert info["utterances"] == 8
+    assert info["identity"]["extractor"] == "logmel"
+    assert mer("cache", "cp", f"{site}/{name}", tmp_path / "mine")[0] == 0
+    assert keys_of(tmp_path / "mine")[name] == keys_of(cache)[name]
+    code, _, err = mer("cache", "cp", name, site, "--cache", cache)
+    assert code == 2
+    assert "can only be read" in err
+
+
+def test_a_server_that_is_away_is_one_message(mer: Mer, bucket: Any, cache: Path) -> None:
+    bucket.gateway.fault = lambda request: 503
+    for argv in (("ls", "--cache", bucket.url), ("cp", cache, bucket.url)):
+        code, _, err = mer("cache", *argv)
+        assert code == 1
+        assert "unexpected" not in err
+        assert len(err.strip().splitlines()) == 1, err
+        assert "503" in err
+
+
 # As a process -------------------------------------------------------------------------------------
 
 
