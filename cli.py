@@ -778,27 +778,37 @@ def cache_du(stores: tuple[str, ...], cache_url: str | None, as_json: bool) -> i
     epilog="""\b
 Examples:
   mer cache cp wavlm-large s3://bucket/features
-  mer cache cp https://example.org/features /data/mer
+  mer cache cp wavlm-large /srv/www/features --web
+  mer cache cp https://example.org/features/wavlm-large-final-3f9c2a7700112233 /data/mer
 """,
 )
 @click.argument("source")
 @click.argument("target")
+@click.option(
+    "--web",
+    is_flag=True,
+    help="Also list the parts of each store in a file, for readers through a web server, which "
+    "lists nothing. In a bucket this is always done.",
+)
 @cache_option
 @json_option
-def cache_cp(source: str, target: str, cache_url: str | None, as_json: bool) -> int:
+def cache_cp(source: str, target: str, web: bool, cache_url: str | None, as_json: bool) -> int:
     """Copy SOURCE, a store or all stores of a cache, into the cache TARGET.
 
     What TARGET has already is skipped, so that an interrupted copy goes on where it was. Every byte
     is checked before it becomes visible; what is damaged is left out and named, and the exit code
     is 4.
     """
-    from mer.cache.transfer import copy
+    from mer.cache.store import Store
+    from mer.cache.transfer import copy, write_parts_list
     from mer.pipelines.caching import copy_result, copy_text, find_stores, num_bytes
 
     sources = find_stores(source, _cache(cache_url))
     into = _cache(target)
     with _counting("copy", num_bytes(sources), size) as progress:
         reports = [copy(store, into, progress=progress) for store in sources]
+    for report in reports if web else ():
+        write_parts_list(Store(report.store))
     result = copy_result(reports)
     _emit(result, as_json, lambda: copy_text(result))
     for reason in result["damaged"]:

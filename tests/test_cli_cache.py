@@ -699,18 +699,22 @@ def test_damage_in_a_bucket_is_found_and_repaired(
 def test_a_published_cache_can_be_looked_at_and_copied_but_not_changed(
     mer: Mer, bucket: Any, cache: Path, tmp_path: Path
 ) -> None:
+    from s3_server import Gateway, serve_folder
+
     name = names(cache)[0]
-    assert mer("cache", "cp", cache, bucket.url)[0] == 0
-    site = f"{bucket.gateway.url}/{bucket.bucket}/cache"
-    code, info, _ = mer("cache", "info", f"{site}/{name}", "--json")
-    assert code == 0
-    assert info["utterances"] == 8
-    assert info["identity"]["extractor"] == "logmel"
-    assert mer("cache", "cp", f"{site}/{name}", tmp_path / "mine")[0] == 0
+    assert mer("cache", "cp", cache, tmp_path / "www" / "features", "--web")[0] == 0
+    with Gateway(serve_folder(tmp_path / "www")).running() as server:
+        site = f"{server.url}/features"
+        code, info, _ = mer("cache", "info", f"{site}/{name}", "--json")
+        assert code == 0
+        assert info["utterances"] == 8
+        assert info["identity"]["extractor"] == "logmel"
+        assert mer("cache", "verify", f"{site}/{name}")[0] == 0
+        assert mer("cache", "cp", f"{site}/{name}", tmp_path / "mine")[0] == 0
+        code, _, err = mer("cache", "cp", name, site, "--cache", cache)
+        assert code == 2
+        assert "can only be read" in err
     assert keys_of(tmp_path / "mine")[name] == keys_of(cache)[name]
-    code, _, err = mer("cache", "cp", name, site, "--cache", cache)
-    assert code == 2
-    assert "can only be read" in err
 
 
 def test_a_server_that_is_away_is_one_message(mer: Mer, bucket: Any, cache: Path) -> None:
