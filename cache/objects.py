@@ -558,7 +558,8 @@ class _Failure:
         text = f"the server answered {status} {match[2].strip()}".rstrip()
         if code:
             text += f" ({code[1]})"
-        return cls(text, status, status >= 500 or status in _PASSING, is_no_role)
+        passes = status in _PASSING or (status >= 500 and status != 501)
+        return cls(text, status, passes, is_no_role)
 
     def advice(self, bucket: Bucket) -> str:
         prefix = "GOOGLE" if bucket.scheme == "gs" else "AWS"
@@ -571,8 +572,11 @@ class _Failure:
             )
         if self.status in (301, 307, 400) and bucket.scheme == "s3":
             return "Check AWS_REGION and AWS_ENDPOINT_URL."
-        if self.status == 416:
-            return "The object is shorter than it was written."
+        if self.status == 501:
+            return (
+                "The server lacks something that mer needs, such as writing an object only if "
+                "there is none of its name (If-None-Match)."
+            )
         if self.passes:
             where = "" if bucket.scheme != "s3" else ", and AWS_ENDPOINT_URL if you set it"
             return (

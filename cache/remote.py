@@ -95,6 +95,10 @@ class _Memory:
                 _, (_, freed) = self._entries.popitem(last=False)
                 self.bytes -= freed
 
+    def drop(self, key: Any) -> None:
+        with self.lock:
+            self.bytes -= self._entries.pop(key, (None, 0))[1]
+
     def clear(self) -> None:
         with self.lock:
             self._entries.clear()
@@ -347,7 +351,6 @@ class ObjectPlace:
         self._open: weakref.WeakValueDictionary[str, ObjectFiles] = weakref.WeakValueDictionary()
         self._total: int | None = None
         self._lists_parts: bool | None = None
-        self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[type[ObjectPlace], tuple[str]]:
         return ObjectPlace, (self.url,)
@@ -478,7 +481,7 @@ class ObjectPlace:
 
     def files(self, part: str) -> ObjectFiles:
         """Return the files of a part."""
-        with self._lock:
+        with memory.lock:
             files = self._open.get(part)
             if files is None:
                 files = self._open[part] = ObjectFiles(self, part)
@@ -489,7 +492,7 @@ class ObjectPlace:
     def fetch_small(self, files: ObjectFiles, file: str) -> np.ndarray:
         """Fetch a file of a part, and the same file of the parts behind it while it is cheap."""
         wanted, total = [files], 0
-        with self._lock:
+        with memory.lock:
             known = sorted(self._open.items())
         for part, other in known:
             if total >= _SMALL_WINDOW_BYTES:
@@ -622,6 +625,11 @@ class ObjectPlace:
                         run = None
         try:
             self._bring(mine, blocks, strict)
+        except BaseException:
+            # Requests may still be under way and write into these blocks, unverified.
+            for key, _ in claimed:
+                memory.drop(key)
+            raise
         finally:
             with memory.lock:
                 for entry in claimed:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from s3_server import S3, Gateway, Request, s3, serve_folder, settings
+from s3_server import S3, Answer, Gateway, Request, s3, serve_folder, settings
 
 from mer.cache import layout, localcopy, objects, remote
 from mer.cache.errors import (
@@ -348,6 +348,45 @@ def test_lasting_fault_is_one_clear_error(
     assert not isinstance(raised.value, DamagedStoreError)
     bucket.gateway.fault = None
     check(store, content)
+
+
+def test_large_object_goes_in_pieces_that_may_fail(bucket: S3, tmp_path: Path):
+    content = np.random.default_rng(0).bytes(20_000_001)
+    (tmp_path / "large").write_bytes(content)
+    met: dict[tuple[str, str | None], int] = {}
+
+    def first(request: Request) -> int | str | None:
+        piece = request.query if request.method == "PUT" else request.range
+        times = met[request.method, piece] = met.get((request.method, piece), 0) + 1
+        return (503 if request.method == "PUT" else "cut") if times == 1 else None
+
+    bucket.gateway.fault = first
+    assert Bucket(bucket.url).put("large", tmp_path / "large")
+    assert len([r for r in bucket.gateway.requests("PUT") if r.status == 200]) == 3
+    assert b"".join(Bucket(bucket.url).stream("large", len(content))) == content
+    assert len([r for r in bucket.gateway.requests("GET") if r.status == 206]) == 2 * 3
+
+
+@pytest.mark.parametrize("status", [403, 501])
+def test_store_that_cannot_be_written_says_why(status: int, store: Store, bucket: S3):
+    bucket.gateway.fault = lambda request: status if request.method == "PUT" else None
+    advice = {403: "that they allow this", 501: "only if there is none of its name"}[status]
+    with pytest.raises(StoreError, match=f"Cannot write .*{status} .*{advice}"):
+        write(store, utterances(range(80, 81)))
+
+
+def test_web_server_that_cannot_serve_ranges_is_named(bucket: S3, tmp_path: Path):
+    (tmp_path / "file").write_bytes(bytes(100))
+    files = serve_folder(tmp_path)
+
+    def whole(method: str, path: str, headers: dict[str, str], body: bytes) -> Answer:
+        return files(method, path, {}, body)
+
+    with (
+        Gateway(whole).running() as gateway,
+        pytest.raises(StoreError, match="the server cannot serve ranges of a file"),
+    ):
+        Bucket(gateway.url).get_range("file", 0, 10)
 
 
 def test_refusal_is_not_asked_for_again(store: Store, bucket: S3):
