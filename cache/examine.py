@@ -25,6 +25,7 @@ from mer.cache.identity import FINGERPRINT_IN_NAME, KEY_BYTES
 from mer.cache.layout import FileRecord
 from mer.cache.raw import BLOCK_BYTES, Listing, Raw
 from mer.cache.reader import ShardLayout
+from mer.cache.snapshot import Snapshot
 from mer.cache.spec import Kind, OutputSpec
 from mer.cache.staging import Buffer
 
@@ -46,11 +47,14 @@ class StoreFacts:
         None where the store's own metadata is lost.
     outputs : tuple of OutputSpec or None
         Likewise.
+    remembered : Snapshot or None
+        What an earlier opening found out. It is not trusted, but it may hold what was lost.
     """
 
     digits: str
     fingerprint: str | None = None
     outputs: tuple[OutputSpec, ...] | None = None
+    remembered: Snapshot | None = None
 
 
 @dataclass(slots=True)
@@ -297,11 +301,14 @@ class _Examiner:
         try:
             data = self._raw.read(f"{self._folder}/{file}")
         except (OSError, StoreError):
-            return
-        body = data[: -layout.CRC_BYTES]
-        if len(body) % KEY_BYTES == 0 and len(body) and _crc(body) == _trailer(data):
-            into.keys = body.reshape(-1, KEY_BYTES)
-            into.faults[-1].lost = np.ones(len(into.keys), bool)
+            data = np.empty(0, np.uint8)
+        if len(data) % KEY_BYTES != layout.CRC_BYTES or _crc(data[:-4]) != _trailer(data):
+            known = self._remember(_KEY_FILE)
+            if known is None:
+                return
+            data = np.frombuffer(known, np.uint8)
+        into.keys = data[: -layout.CRC_BYTES].reshape(-1, KEY_BYTES)
+        into.faults[-1].lost = np.ones(len(into.keys), bool)
 
     # Files that are read at once ---------------------------------------------------------------
 
@@ -354,6 +361,7 @@ class _Examiner:
             candidates.append(lambda: layout.to_bytes(self._documents[file]))
         else:
             candidates.append(partial(self._twin, file, record))
+            candidates.append(partial(self._remember, file))
             if data is not None and record.bytes <= _MENDABLE_BYTES:
                 candidates.append(partial(_with_trailer, data, record.bytes))
                 candidates.append(partial(_with_right_byte, data, record))
@@ -376,6 +384,28 @@ class _Examiner:
                 if xxh3(data) == record.xxh3:
                     return data
         return None
+
+    def _remember(self, file: str) -> bytes | None:
+        """Return a small array as an earlier opening saw it."""
+        snapshot = self._facts.remembered
+        number = None if snapshot is None else snapshot.number.get(self._into.part)
+        if snapshot is None or number is None:
+            return None
+        rows = slice(int(snapshot.first_row[number]), int(snapshot.first_row[number + 1]))
+        try:
+            if file == _KEY_FILE:
+                values = snapshot.keys[rows]
+            elif file == _INPUT_LENGTH_FILE:
+                values = snapshot.input_length[rows]
+            elif file in (names := {offsets_file(o.name): o.name for o in self._into.outputs}):
+                starts, lengths = snapshot.spans(names[file])
+                values = np.append(starts[rows], starts[rows][-1] + lengths[rows][-1])
+            else:
+                return None
+        except (ValueError, KeyError, IndexError):  # it is damaged as well
+            return None
+        body = values.tobytes()
+        return body + _crc_bytes(body)
 
     # What the arrays say together --------------------------------------------------------------
 

@@ -59,28 +59,26 @@ class Listing:
         found: dict[str, Listing] = {}
         for name, file in self.files.items():
             part, rest = _split(name)
-            if part is not None and rest:
+            if rest and (part in found or is_part_name(part)):
                 found.setdefault(part, Listing()).files[rest] = file
         for name in self.folders:
             part, rest = _split(name)
-            if part is not None:
+            if part in found or is_part_name(part):
                 listing = found.setdefault(part, Listing())
                 if rest:
                     listing.folders.add(rest)
         for name, why in self.unreadable.items():
             part, rest = _split(name)
-            if part is not None:
+            if part in found or is_part_name(part):
                 found.setdefault(part, Listing()).unreadable[rest] = why
         return dict(sorted(found.items()))
 
 
-def _split(name: str) -> tuple[str | None, str]:
-    """Return the part that a file of a store belongs to, and its path below that."""
+def _split(name: str) -> tuple[str, str]:
+    """Return the entry of ``parts/`` that a file of a store belongs to, and its path below that."""
     head, _, rest = name.partition("/")
     part, _, rest = rest.partition("/")
-    if head != layout.PARTS or not is_part_name(part):
-        return None, ""
-    return part, rest
+    return (part, rest) if head == layout.PARTS else ("", "")
 
 
 class Raw(Protocol):

@@ -9,14 +9,14 @@ and the next run goes on from there.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mer.cache import layout
+from mer.cache import layout, snapshot
 from mer.cache.errors import DamagedStoreError, StoreError, StoreFormatError
 from mer.cache.examine import (
     Examination,
@@ -31,6 +31,7 @@ from mer.cache.identity import FINGERPRINT_IN_NAME, fingerprint
 from mer.cache.raw import Listing, Raw, raw_of
 from mer.cache.rewrite import Stored, rewrite
 from mer.cache.salvage import Salvage
+from mer.cache.snapshot import Snapshot
 from mer.cache.spec import FeatureSpec
 
 if TYPE_CHECKING:
@@ -196,8 +197,9 @@ class _Verifier:
         listing = self._raw.listing()
         facts = self._root(listing)
         self._parts_group(listing)
-        self._strangers(listing)
-        parts = self._examine(listing.by_part(), facts)
+        by_part = listing.by_part()
+        self._strangers(listing, by_part)
+        parts = self._examine(by_part, facts)
         self._report(parts)
         self._compare_copies(parts)
         if repair:
@@ -258,7 +260,13 @@ class _Verifier:
                     f"is that of another store, the one with the fingerprint {known.fingerprint}",
                 )
             return facts
-        return known
+        return replace(known, remembered=self._remembered(known))
+
+    def _remembered(self, facts: StoreFacts) -> Snapshot | None:
+        path = self._place.index_path()
+        if path is None or facts.fingerprint is None:
+            return None
+        return snapshot.read(path, facts.fingerprint, [o.name for o in facts.outputs or ()])
 
     def _awaits_root(self) -> bool:
         """Whether a repair has taken the root's metadata out."""
@@ -283,9 +291,8 @@ class _Verifier:
         if why is not None:
             self._fault(layout.PARTS, f"cannot be read: {why}", left=True)
 
-    def _strangers(self, listing: Listing) -> None:
+    def _strangers(self, listing: Listing, known: Mapping[str, Listing]) -> None:
         """Note what the format has no place for."""
-        known = set(listing.by_part())
         strangers = set()
         for name in [*listing.files, *listing.folders, *listing.unreadable]:
             head, _, rest = name.partition("/")
@@ -337,8 +344,11 @@ class _Verifier:
         def one(item: tuple[str, Listing]) -> Examination | None:
             return examine_part(self._raw, *item, facts, self._progress)
 
-        with ThreadPoolExecutor(self._workers, "mer-verify") as pool:
-            examined = list(pool.map(one, parts.items()))
+        if self._workers == 1:
+            examined = [one(item) for item in parts.items()]
+        else:
+            with ThreadPoolExecutor(self._workers, "mer-verify") as pool:
+                examined = list(pool.map(one, parts.items()))
         return [part for part in examined if part is not None]
 
     def _report(self, parts: list[Examination]) -> None:
