@@ -899,7 +899,7 @@ Examples:
   mer cache import MOSI/aligned_50.pkl --format mmsa --name mosi-mmsa --licence "research only"
 """,
 )
-@click.argument("source", type=click.Path(path_type=Path, exists=True))
+@click.argument("source", type=click.Path(path_type=Path))
 @click.option(
     "--format",
     "layout",

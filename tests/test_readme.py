@@ -7,10 +7,15 @@ import shlex
 from pathlib import Path
 
 import click
+import numpy as np
 import pytest
+import soundfile
 
+from mer.cache import Cache
 from mer.cli import main
 from mer.extract.registry import names, parse_feature
+from mer.pipelines.extraction import extract
+from mer.pipelines.manifest import read_manifest
 from mer.pipelines.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,6 +57,23 @@ def test_every_link_leads_to_a_file():
     links = re.findall(r"\]\(([^)#]+)\)", README)
     assert links
     assert all((ROOT / link).exists() for link in links if "://" not in link), links
+
+
+def test_the_python_example_runs(tmp_path, monkeypatch):
+    (code,) = re.findall(r"```python\n(.+?)```", README, re.DOTALL)
+    samples = np.random.default_rng(0).uniform(-0.3, 0.3, (3, 4_000)).astype(np.float32)
+    for number, clip in enumerate(samples):
+        soundfile.write(tmp_path / f"{number}.wav", clip, 16_000)
+    (tmp_path / "my.csv").write_text("path\n0.wav\n1.wav\n2.wav\n")
+    monkeypatch.chdir(tmp_path)
+    cache = Cache("features")
+    extract(read_manifest("my.csv"), ["logmel"], cache, device="cpu")
+    (store,) = re.findall(r'open\("(.+?)"\)', code)
+    names: dict[str, object] = {}
+    exec(compile(code.replace(store, cache.stores()[0].url), "README.md", "exec"), names)
+    data, lengths = names["data"], names["lengths"]
+    assert data.shape == (3, int(lengths.max()), 80)
+    assert sorted(names["keys"].values()) == sorted(cache.stores()[0].keys())
 
 
 def test_the_make_targets_exist():
