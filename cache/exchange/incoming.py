@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -56,10 +57,14 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True)
 class Utterance:
-    """One utterance on its way in: arrays as found, per output."""
+    """One utterance on its way in: arrays as found, per output, and the file they lie in.
+
+    The file is None where all utterances share the source's few files.
+    """
 
     id: str
     arrays: Mapping[str, np.ndarray]
+    file: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +173,7 @@ def bring_in(
     """
     keyed, linked, skipped = match(incoming, keys)
     specs = _describe(incoming, _names(outputs), dtype, rate_hz, num_codes)
+    before = {path: _signature(path) for path in incoming.files.values()}
     content = hash_files(incoming.files)
     claims = _claims(incoming.claims)
     spec = imported_spec(
@@ -199,6 +205,9 @@ def bring_in(
                 if isinstance(item, Skipped):
                     raise ValueError(item.reason)
                 arrays = {o.name: _conform(item.arrays, o, rounding) for o in specs}
+                _check_unchanged(before, item.file)
+            except _ChangedError:
+                raise
             except ValueError as error:
                 skipped.append(Skipped(item.id, str(error)))
                 continue
@@ -226,6 +235,27 @@ def bring_in(
         linked=linked,
         notes=incoming.notes,
     )
+
+
+class _ChangedError(UsageError):
+    """The content hash does not stand for what is being read."""
+
+
+def _signature(path: Path) -> tuple[int, int, int] | None:
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return None
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def _check_unchanged(before: Mapping[Path, tuple[int, int, int] | None], file: Path | None) -> None:
+    for path in before if file is None else (file,):
+        if _signature(path) != before[path]:
+            raise _ChangedError(
+                f"{path} changed while it was imported. Wait until it is complete, then import "
+                "again."
+            )
 
 
 def _present(store: Store | None, keyed: Mapping[str, bytes]) -> set[str]:

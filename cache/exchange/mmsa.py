@@ -205,7 +205,7 @@ def read(path: Path) -> Incoming:
         modalities[split] = [
             name
             for name, values in part.items()
-            if name != _TOKENS and len(ids[split]) and _is_features(values, len(ids[split]))
+            if name != _TOKENS and "label" not in name and _is_features(values, len(ids[split]))
         ]
         for name in modalities[split]:
             if f"{name}_lengths" not in part and not (name == "text" and _TOKENS in part):
@@ -233,10 +233,15 @@ def read(path: Path) -> Incoming:
 
 
 def _text(value: Any) -> str:
+    """Return an id; a row of video, start and end, as older files have it, is joined by ``_``."""
+    if isinstance(value, list | tuple | np.ndarray):
+        return "_".join(_text(part) for part in value)
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
 def _is_features(values: Any, count: int) -> bool:
+    if not count:
+        return False
     if isinstance(values, np.ndarray):
         return values.ndim in (2, 3) and len(values) == count and values.dtype.kind == "f"
     if isinstance(values, list) and len(values) == count:

@@ -245,4 +245,4 @@ def _load(name: str, path: Path, output: str) -> Utterance | Skipped:
         return Skipped(name, f"{path.name} cannot be read: {error}")
     if not isinstance(array, np.ndarray):
         return Skipped(name, f"{path.name} holds no single array")
-    return Utterance(name, {output: array})
+    return Utterance(name, {output: array}, path)

@@ -48,7 +48,7 @@ def read(source: Path) -> Incoming:
         for name, path in zip(ids, files.values(), strict=True):
             if wanted(name):
                 try:
-                    yield Utterance(name, _arrays(_load(path)))
+                    yield Utterance(name, _arrays(_load(path)), path)
                 except ValueError as error:  # UsageError too
                     yield Skipped(name, str(error))
 

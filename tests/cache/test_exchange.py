@@ -732,6 +732,29 @@ def test_the_identity_is_the_bytes_and_how_they_were_read(cache, tmp_path):
     assert len(prints | {one.fingerprint}) == 7
 
 
+@pytest.mark.parametrize("format", ["npy", "hdf5"])
+def test_a_source_that_changes_meanwhile_is_refused(cache, tmp_path, monkeypatch, format):
+    folder = folder_of(tmp_path, {f"u{n}": halves(n, 4) for n in range(1, 5)})
+    source = folder
+    if format == "hdf5":
+        first = import_(folder, "npy", cache, name="first").store
+        [source] = export(first, tmp_path / "a.h5", "hdf5").paths
+    original = incoming.hash_files
+
+    def hash_and_change(files: Any) -> str:
+        found = original(files)
+        path = max(files.values())
+        with open(path, "r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(b"\x3c")
+        os.utime(path, ns=(1, 1))
+        return found
+
+    monkeypatch.setattr(incoming, "hash_files", hash_and_change)
+    with pytest.raises(UsageError, match="changed while it was imported"):
+        import_(source, format, cache, name="theirs")
+
+
 def test_an_import_claims_nothing_of_a_model(filled, cache, tmp_path):
     export(filled, tmp_path / "a.h5", "hdf5", ids=IDS, outputs=["final"])
     own = import_(tmp_path / "a.h5", "hdf5", cache, name="mine").store
@@ -1106,7 +1129,7 @@ def test_mmsa_pickles_of_others_are_read(cache, tmp_path, protocol):
         "audio": audio,
         "audio_lengths": [2, 3, 9],
         "vision": audio[..., :1],
-        "regression_labels": np.zeros(3),
+        "regression_labels": np.zeros((3, 1, 1)),
         "annotations": ["Negative"] * 3,
     }
     (tmp_path / "m.pkl").write_bytes(pickle.dumps({"train": part, "valid": {}}, protocol))
