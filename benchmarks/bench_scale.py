@@ -410,7 +410,7 @@ def draw(results: Mapping[int, Mapping[str, Mapping[str, float]]], path: Path) -
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 3)
     counts = list(results)
@@ -441,7 +441,9 @@ def draw(results: Mapping[int, Mapping[str, Mapping[str, float]]], path: Path) -
         axis.plot([100_000], [targets[number]], "k_", markersize=16, label="target at 100,000")
         axis.set(xscale="log", yscale="log", title=title, xlabel="utterances")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8, frameon=False)
+        axis.legend(
+            fontsize=8, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16)
+        )
     panels[0].set_ylabel("seconds")
     figure.savefig(path, dpi=150)
 

@@ -9,7 +9,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-NAMES = ["bench_help", "bench_noop", "bench_epoch", "bench_extract"]
+NAMES = [
+    "bench_help",
+    "bench_noop",
+    "bench_epoch",
+    "bench_store",
+    "bench_scale",
+    "bench_write",
+    "bench_remote",
+    "bench_extract",
+]
 
 
 def main() -> int:
