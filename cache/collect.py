@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SMALL_BYTES = 32 << 20
+PARTS_SUFFIX = ".parts.json"  # beside a store that web servers hand out: the list of its parts
 
 DROP_STORE = "drop store"
 DROP_PART = "drop part"
@@ -518,7 +519,8 @@ class _Work:
         raw = raw_of(store.place)
         if raw.remove_if_empty():
             self.stores_dropped += 1
-            raw.clear(layout.INDEX_SUFFIX)
+            for suffix in (layout.INDEX_SUFFIX, PARTS_SUFFIX):
+                raw.clear(suffix)
         elif raw.listing().files:
             self.notes.append(f"{store.name} stays: a part was added meanwhile.")
         self.utterances += step.utterances

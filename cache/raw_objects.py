@@ -141,6 +141,7 @@ class ObjectRaw:
             return
         away = self._bucket.sibling(suffix)
         away.delete([listed.name for listed in away.objects()])
+        self._bucket.parent().delete([self.name + suffix])
 
     def remove_if_empty(self) -> bool:
         """Delete what is left, the root last, unless somebody may be uploading."""
