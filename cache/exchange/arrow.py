@@ -65,8 +65,10 @@ def write_parquet(
     schema = _schema(source)
     with (
         appearing(target, overwrite) as temporary,
-        # Neither compression nor a dictionary gains anything on features.
-        pq.ParquetWriter(temporary, schema, compression="none", use_dictionary=False) as writer,
+        # None of these gains anything on features, and all of them cost.
+        pq.ParquetWriter(
+            temporary, schema, compression="none", use_dictionary=False, write_statistics=False
+        ) as writer,
     ):
         for batch in _batches(source, schema, whole("block_bytes", block_bytes, 1)):
             writer.write_batch(batch)

@@ -202,8 +202,9 @@ def read(folder: Path, *, level: str = "") -> Incoming:
             if wanted(name):
                 yield _load(name, path, output)
 
+    used = (PROVENANCE, INDEX) if index else (PROVENANCE,) if provenance else ()
     return Incoming(
-        files=files,
+        files=files | {name: folder / name for name in used},
         ids=list(ids),
         read=reader,
         outputs=outputs,

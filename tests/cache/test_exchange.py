@@ -732,6 +732,17 @@ def test_the_identity_is_the_bytes_and_how_they_were_read(cache, tmp_path):
     assert len(prints | {one.fingerprint}) == 7
 
 
+def test_keys_beside_npy_files_are_part_of_the_identity(filled, cache, tmp_path):
+    [folder] = export(filled, tmp_path, "npy", ids=IDS, outputs=["final"]).paths
+    one = import_(folder, "npy", cache, name="n").store
+    index = (folder / "utterances.csv").read_text("utf-8")
+    key = next(iter(filled)).hex()
+    (folder / "utterances.csv").write_text(index.replace(key, "0" * 32), "utf-8")
+    other = import_(folder, "npy", cache, name="n").store
+    assert bytes(16) in other
+    assert other.fingerprint != one.fingerprint
+
+
 @pytest.mark.parametrize("format", ["npy", "hdf5"])
 def test_a_source_that_changes_meanwhile_is_refused(cache, tmp_path, monkeypatch, format):
     folder = folder_of(tmp_path, {f"u{n}": halves(n, 4) for n in range(1, 5)})
