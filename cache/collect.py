@@ -475,8 +475,12 @@ def run(gc: GcPlan, progress: Callable[[Step], None] | None = None) -> GcReport:
         No space for new parts. Nothing is lost.
     StoreError
         A store cannot be written to.
+    UsageError
+        It lies behind a web server.
     """
     work = _Work()
+    for store in gc.places.values():
+        raw_of(store.place).check_writable()
     for step in gc.steps:
         store = gc.places[step.store]
         try:

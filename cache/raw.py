@@ -92,8 +92,11 @@ class Raw(Protocol):
     url: str
     name: str
 
+    def check_writable(self) -> None:
+        """Raise ``UsageError`` where nothing can ever be written."""
+
     def listing(self, suffix: str = "") -> Listing:
-        """Return all files; with a suffix those of the folder of that name beside the store."""
+        """Return all files; with a suffix those below the store's path with that behind it."""
 
     def exists(self, part: str) -> bool:
         """Whether a part is still there."""
@@ -145,6 +148,9 @@ class LocalRaw:
         self.path = path
         self.url = str(path)
         self.name = path.name
+
+    def check_writable(self) -> None:
+        """Do nothing: trying will tell."""
 
     def listing(self, suffix: str = "") -> Listing:
         """Walk the folder."""

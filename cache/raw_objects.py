@@ -34,6 +34,10 @@ class ObjectRaw:
         self.name = place.name
         self._sizes: dict[str, int] = {}
 
+    def check_writable(self) -> None:
+        """Refuse a web server."""
+        self._bucket.check_writable()
+
     def listing(self, suffix: str = "") -> Listing:
         """List objects; of a web server, which lists nothing, what manifests tell."""
         if self._bucket.is_web:

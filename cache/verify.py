@@ -145,8 +145,12 @@ def verify(
     ------
     StoreError
         A store cannot be listed at all.
+    UsageError
+        A store to be repaired lies behind a web server.
     """
     found = _Findings()
+    for store in stores if repair else ():
+        raw_of(store.place).check_writable()
     for store in stores:
         _Verifier(store, found, workers, progress or _ignore).run(repair)
     return VerifyReport(

@@ -13,7 +13,7 @@ from s3_server import S3, Gateway, Request, s3, serve_folder, settings
 from mer.cache import layout, objects, remote
 from mer.cache.collect import plan, run
 from mer.cache.diff import diff
-from mer.cache.errors import StoreError
+from mer.cache.errors import StoreError, UsageError
 from mer.cache.home import Cache
 from mer.cache.objects import Bucket
 from mer.cache.remote import parts_list
@@ -200,10 +200,11 @@ def test_a_store_behind_a_web_server_is_verified(tmp_path: Path):
         report = verify([store])
         assert (report.corrupt, report.parts, report.utterances) == ((), 2, 6)
         shard.write_bytes(bytes(len(data)))
-        (fault,) = verify([store], repair=True).corrupt
+        (fault,) = verify([store]).corrupt
         assert fault.file == "code/frames/c/0/0"
         assert len(fault.utterances) == 3
-    assert shard.read_bytes() == bytes(len(data))
+        with pytest.raises(UsageError, match="is a web server and can only be read"):
+            verify([store], repair=True)
 
 
 def test_parts_are_merged_and_copies_dropped(store: Store, bucket: S3):
