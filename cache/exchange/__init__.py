@@ -138,7 +138,7 @@ def export(
     return ExportReport(
         format=format,
         paths=tuple(paths),
-        utterances=len(source),
+        utterances=len(source) - source.left_out,
         frames=source.frames(),
         bytes=size_of(paths),
         missing=missing,

@@ -116,6 +116,7 @@ def _splits(
             raise UsageError(f"Utterance {name!r} is in the split {given!r}; expected {SPLITS}.")
         else:
             splits[split].append(name)
+    first.left_out = left_out
     if left_out:
         first.notes.append(f"{left_out} utterances without a split or a modality are left out.")
     if not any(splits.values()):

@@ -88,6 +88,8 @@ class Outgoing:
         Called with the number of utterances just written.
     notes : list of str
         Collected for the report.
+    left_out : int
+        Utterances that a layout has no place for.
     """
 
     store: Store
@@ -96,6 +98,7 @@ class Outgoing:
     ids: list[str]
     progress: Progress | None = None
     notes: list[str] = field(default_factory=list)
+    left_out: int = 0
 
     def __len__(self) -> int:
         """Return N."""

@@ -1102,6 +1102,7 @@ def test_an_mmsa_pickle_takes_several_modalities_and_a_limit(filled, tmp_path):
     assert data["train"]["text"].shape[1:] == (3, 5)
     assert data["train"]["text"].dtype == np.float16
     assert max(data["train"]["audio_lengths"]) == 3
+    assert report.utterances == 7
     assert any("1 utterances without a split or a modality" in note for note in report.notes)
     assert any("are cut to 3 frames" in note for note in report.notes)
 
