@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +30,7 @@ AT_CALLS = 15  # before a call, per command
 Content = dict[str, dict[bytes, tuple[bytes, ...]]]
 
 
-def content_of(root: Path) -> Content:
+def content_of(root: Path | str) -> Content:
     """Return all that a cache holds: per store and key the stored bytes of everything."""
     found: Content = {}
     for store in Cache(root).stores():
@@ -50,7 +51,7 @@ def content_of(root: Path) -> Content:
     return found
 
 
-def stored_twice(root: Path) -> int:
+def stored_twice(root: Path | str) -> int:
     """Return how many utterances of a cache are stored more than once."""
     return sum(sum(p.utterances for p in s.parts()) - len(s.keys()) for s in Cache(root).stores())
 
@@ -254,3 +255,98 @@ def test_kills_before_calls_to_the_file_system_lose_nothing(
         series.kill(call=number)
         series.finish()
         shutil.rmtree(series.root)
+
+
+CROWDS = 3
+
+
+def test_commands_that_run_and_die_at_the_same_time_lose_nothing(
+    victims: Victims, manifest: Path, finished: Path, doubled: Path, tmp_path: Path
+) -> None:
+    """Two extractions, a copy and a gc on one cache, each killed at its own moment or not."""
+    reference = content_of(finished)
+    wanted = {"manifest": manifest, "feature": FEATURE}
+    commands: list[tuple[str, dict[str, object]]] = [
+        ("extract", wanted),
+        ("gc", {}),
+        ("extract", wanted),
+        ("cp", {"source": doubled}),
+    ]
+    rng = np.random.default_rng(2)
+    with (
+        Victims() as first,
+        Victims() as second,
+        Victims() as third,
+        ThreadPoolExecutor(len(commands)) as pool,
+    ):
+        for crowd in range(CROWDS):
+            root = tmp_path / f"{crowd}"
+            seen: Content = {}
+            for latest in (0.1, 0.3, 60.0):  # at last, nobody is killed
+                running = [
+                    pool.submit(process.run, do, {"after_s": delay}, cache=root, **arguments)
+                    for process, (do, arguments), delay in zip(
+                        (victims, first, second, third),
+                        commands,
+                        rng.uniform(latest / 10, latest, len(commands)),
+                        strict=True,
+                    )
+                ]
+                assert {future.result()["status"] for future in running} <= {0, -9}
+                now = content_of(root)
+                for name, rows in now.items():
+                    assert rows.items() <= reference[name].items()
+                for name, rows in seen.items():
+                    assert rows.items() <= now[name].items(), "something is lost"
+                seen = now
+            assert now == reference
+            assert victims.run("gc", cache=root)["status"] == 0
+            assert content_of(root) == reference
+            assert stored_twice(root) == 0
+            assert leftovers(root) == []
+            assert not verify(Cache(root).stores()).corrupt
+            shutil.rmtree(root)
+
+
+def test_kills_while_copying_to_a_bucket_lose_nothing(
+    doubled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("obstore")
+    pytest.importorskip("moto")
+    from s3_server import s3, settings
+
+    from mer.cache import remote
+
+    reference = content_of(doubled)
+    rng = np.random.default_rng(3)
+    monkeypatch.setenv("MER_LOCAL_COPY", "off")
+    with s3() as bucket:
+        for name, value in settings(bucket.gateway.url).items():
+            monkeypatch.setenv(name, value)
+        with Victims() as victims:
+            first = victims.run("cp", source=doubled, cache=f"{bucket.url}/whole")
+            assert first["status"] == 0
+            killed = 0
+            for series in range(2):
+                root = f"{bucket.url}/{series}"
+                seen: Content = {}
+                for fraction in rng.uniform(0.1, 1, 4):
+                    delay = {"after_s": fraction * first["seconds"]}
+                    done = victims.run("cp", delay, source=doubled, cache=root)
+                    assert done["status"] in (0, -9)
+                    killed += done["status"] == -9
+                    remote.memory.clear()
+                    now = content_of(root)
+                    for name, rows in now.items():
+                        assert rows.items() <= reference[name].items()
+                    for name, rows in seen.items():
+                        assert rows.items() <= now[name].items(), "something is lost"
+                    seen = now
+                for command in ("cp", "gc"):
+                    arguments = {"source": doubled} if command == "cp" else {}
+                    assert victims.run(command, cache=root, **arguments)["status"] == 0
+                    remote.memory.clear()
+                    assert content_of(root) == reference
+                assert stored_twice(root) == 0
+                assert not verify(Cache(root).stores()).corrupt
+            assert killed
