@@ -220,9 +220,9 @@ class Intake:
                 block = self._plain(array[first : first + step], column.dtype)
                 doubtful = column.put(block, start + first) or doubtful
                 if moments is not None:
-                    if block.dtype != np.float32:
-                        block = self._widened(block)
-                    moments.add(block, self._centred)
+                    wide_block = block if block.dtype == np.float32 else self._widened(block)
+                    is_ours = np.may_share_memory(wide_block, self._wide)
+                    moments.add(wide_block, self._wide if is_ours else self._centred)
             wide = _beyond_stored(array, column.output) if doubtful else None
             if moments is not None:
                 return wide, moments.result(array)
