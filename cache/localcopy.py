@@ -149,7 +149,10 @@ class LocalCopy:
                     temporary.unlink()
                 raise
         except OSError as error:
-            self._failed = True
+            with self._lock:
+                told, self._failed = self._failed, True
+            if told:
+                return
             logger.warning(
                 "No local copy is kept in %s: %s. Reading goes on from the server; set "
                 "MER_LOCAL_COPY to another folder, or to 'off'.",

@@ -21,17 +21,13 @@ refused (403) or not there (404) is not asked for again.
 
 from __future__ import annotations
 
-import configparser
 import logging
-import os
 import random
 import re
-import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,12 +35,8 @@ from urllib.parse import unquote, urlsplit
 
 import numpy as np
 
-from mer.cache.errors import (
-    DamagedStoreError,
-    MissingDependencyError,
-    StoreError,
-    UsageError,
-)
+from mer.cache.clients import Client, client_for, gather, go_anonymous, submit
+from mer.cache.errors import DamagedStoreError, StoreError, UsageError
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +47,6 @@ TRIES = 10
 FIRST_WAIT_S = 0.1
 LONGEST_WAIT_S = 10.0
 READ_TIMEOUT_S = 30.0  # without a byte; a whole request may take much longer
-CONNECTIONS = 16
 GAP_BYTES = 256 << 10  # reading this much for nothing costs less than another request
 REQUEST_BYTES = 8 << 20  # larger ranges are shared between connections
 _UPLOAD_PIECE_BYTES = 8 << 20
@@ -176,7 +167,7 @@ class Bucket:
             The server refuses, or keeps failing.
         """
 
-        def request(client: _Client) -> bytes:
+        def request(client: Client) -> bytes:
             result = client.api.get(client.reader, self._key(name))
             data = bytes(result.bytes())
             expected = int(result.meta["size"]) if size is None else size
@@ -215,7 +206,7 @@ class Bucket:
         if stop <= start:
             return memoryview(b"")
 
-        def request(client: _Client) -> memoryview:
+        def request(client: Client) -> memoryview:
             try:
                 data = client.api.get_range(client.reader, self._key(name), start=start, end=stop)
             except Exception as error:
@@ -230,7 +221,7 @@ class Bucket:
         return self._try("read", name, request)
 
     def _check_length(
-        self, client: _Client, name: str, expected: int, exactly: bool = False
+        self, client: Client, name: str, expected: int, exactly: bool = False
     ) -> None:
         size = int(client.api.head(client.reader, self._key(name))["size"])
         if size < expected or (exactly and size > expected):
@@ -288,7 +279,7 @@ class Bucket:
                 while len(ahead) < min(window, len(starts) - number):
                     start = starts[number + len(ahead)]
                     stop = min(start + REQUEST_BYTES, size)
-                    ahead.append(_pool().submit(self.get_range, name, start, stop))
+                    ahead.append(submit(self.get_range, name, start, stop))
                 yield ahead.popleft().result()
         finally:
             for future in ahead:
@@ -297,7 +288,7 @@ class Bucket:
     def size(self, name: str) -> int | None:
         """Return the size of an object in bytes, None if there is none."""
 
-        def request(client: _Client) -> int:
+        def request(client: Client) -> int:
             return int(client.api.head(client.reader, self._key(name))["size"])
 
         try:
@@ -351,7 +342,7 @@ class Bucket:
     def _page(self, prefix: str, after: str | None, until: str | None) -> tuple[list[Any], bool]:
         """Return one page and whether it is the last before ``until``."""
 
-        def request(client: _Client) -> tuple[list[Any], bool]:
+        def request(client: Client) -> tuple[list[Any], bool]:
             stream = client.api.list(
                 client.reader, self._key(prefix) or None, offset=after, chunk_size=_PAGE
             )
@@ -367,7 +358,7 @@ class Bucket:
         if self.is_web:
             raise UsageError(f"{self._at(prefix)} cannot be listed: a web server lists nothing.")
 
-        def request(client: _Client) -> list[str]:
+        def request(client: Client) -> list[str]:
             result = client.api.list_with_delimiter(client.reader, self._key(prefix) or None)
             return sorted(path.rpartition("/")[2] for path in result["common_prefixes"])
 
@@ -400,7 +391,7 @@ class Bucket:
         """
         self.check_writable()
 
-        def request(client: _Client) -> bool:
+        def request(client: Client) -> bool:
             try:
                 client.api.put(
                     client.writer,
@@ -427,7 +418,7 @@ class Bucket:
         self.check_writable()
         keys = [self._key(name) for name in names]
 
-        def request(client: _Client, some: list[str]) -> None:
+        def request(client: Client, some: list[str]) -> None:
             client.api.delete(client.reader, some)
 
         def delete(some: list[str]) -> None:
@@ -445,7 +436,7 @@ class Bucket:
         if (target.scheme, target._host) != (self.scheme, self._host):
             raise UsageError(f"{target.url} lies in another bucket than {self.url}.")
 
-        def request(client: _Client) -> None:
+        def request(client: Client) -> None:
             client.api.copy(client.writer, self._key(name), target._key(target_name))
 
         self._try("copy", name, request)
@@ -460,11 +451,11 @@ class Bucket:
 
     # -- trying ------------------------------------------------------------------------------
 
-    def _try(self, verb: str, name: str, request: Callable[[_Client], T]) -> T:
+    def _try(self, verb: str, name: str, request: Callable[[Client], T]) -> T:
         wait = FIRST_WAIT_S
         began = time.monotonic()
         for number in range(1, TRIES + 1):
-            client = _client(self.scheme, self._host)
+            client = client_for(self.scheme, self._host, FIRST_WAIT_S, READ_TIMEOUT_S)
             try:
                 return request(client)
             except FileNotFoundError as error:
@@ -477,7 +468,7 @@ class Bucket:
                 failure = _Failure.of(error)
                 if client.may_lack_role and failure.is_no_role:
                     logger.info("No credentials for %s; asking without.", self.url)
-                    _go_anonymous(self.scheme, self._host)
+                    go_anonymous(self.scheme, self._host)
                     continue
                 if "NoSuchBucket" in str(error):
                     raise self._no_bucket(verb, name) from error
@@ -609,217 +600,3 @@ def _plain(raw: str) -> str:
 
 def _times(number: int, seconds: float) -> str:
     return "" if number == 1 else f", tried {number} times in {seconds:.0f} s"
-
-
-# -- clients -----------------------------------------------------------------------------------
-#
-# One client per server and process. obstore runs on threads that a fork leaves behind: in a child
-# every request of a library that was used before would wait for ever, with a new client too, for
-# the threads belong to the loaded library. The child loads a second copy of it (10 ms).
-
-
-@dataclass(slots=True)
-class _Client:
-    api: Any
-    reader: Any  # retries nothing: ``Bucket._try`` counts
-    writer: Any  # retries single pieces of an upload
-    may_lack_role: bool
-
-
-_lock = threading.Lock()
-_thread = threading.local()
-_clients: dict[tuple[Any, ...], _Client] = {}
-_anonymous: set[tuple[str, str]] = set()
-_executor: ThreadPoolExecutor | None = None
-_api: Any = None
-_forked = False
-_left_behind: list[Any] = []  # dropping them would wait for threads that are gone
-
-
-def _after_fork() -> None:
-    global _lock, _clients, _executor, _api, _forked
-    _lock = threading.Lock()
-    if "obstore._obstore" in sys.modules:  # whoever used it
-        _left_behind.extend((_clients, _executor, _api))
-        _clients, _api, _forked = {}, None, True
-    _executor = None
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
-
-
-def _pool() -> ThreadPoolExecutor:
-    global _executor
-    with _lock:
-        if _executor is None:
-            _executor = ThreadPoolExecutor(CONNECTIONS, "mer-objects", _mark_thread)
-        return _executor
-
-
-def _mark_thread() -> None:
-    _thread.is_ours = True
-
-
-def gather(calls: Sequence[tuple[Any, ...]]) -> list[Any]:
-    """Call functions at the same time and return their results; the first error is raised."""
-    if len(calls) == 1 or getattr(_thread, "is_ours", False):  # a full pool would wait for itself
-        return [function(*arguments) for function, *arguments in calls]
-    futures = [_pool().submit(*call) for call in calls]
-    try:
-        return [future.result() for future in futures]
-    finally:
-        for future in futures:
-            future.cancel()
-
-
-def _library() -> Any:
-    global _api
-    if _api is None:
-        try:
-            import obstore  # noqa: F401
-            from obstore import _obstore as api
-        except ImportError as error:
-            raise MissingDependencyError(
-                "Reading and writing s3://, gs:// and https:// needs obstore. "
-                "Install it with `pip install 'mer[remote]'`."
-            ) from error
-        _api = _second_copy(api.__file__) if _forked else api
-    return _api
-
-
-def _second_copy(path: str) -> Any:
-    import importlib.machinery
-    import importlib.util
-    import shutil
-    import tempfile
-
-    with tempfile.TemporaryDirectory(prefix="mer-") as folder:
-        copy = shutil.copy(path, folder)  # the loader knows a library by its file
-        loader = importlib.machinery.ExtensionFileLoader("_obstore", copy)
-        spec = importlib.util.spec_from_file_location("_obstore", copy, loader=loader)
-        assert spec is not None
-        module = importlib.util.module_from_spec(spec)
-        loader.exec_module(module)
-    return module
-
-
-def _client(scheme: str, host: str) -> _Client:
-    relevant = tuple(
-        sorted((k, v) for k, v in os.environ.items() if k.startswith(("AWS_", "GOOGLE_")))
-    )
-    key = (scheme, host, relevant, READ_TIMEOUT_S, (scheme, host) in _anonymous)
-    with _lock:
-        client = _clients.get(key)
-        if client is None:
-            client = _clients[key] = _make_client(scheme, host)
-        return client
-
-
-def _go_anonymous(scheme: str, host: str) -> None:
-    with _lock:
-        _anonymous.add((scheme, host))
-
-
-def _make_client(scheme: str, host: str) -> _Client:
-    from datetime import timedelta
-
-    api = _library()
-    options: dict[str, Any] = {
-        "timeout": timedelta(minutes=30),
-        "read_timeout": timedelta(seconds=READ_TIMEOUT_S),
-        "connect_timeout": timedelta(seconds=min(10.0, READ_TIMEOUT_S)),
-        "user_agent": "mer",
-    }
-    wait = {
-        "init_backoff": timedelta(seconds=FIRST_WAIT_S),
-        "max_backoff": timedelta(seconds=LONGEST_WAIT_S),
-        "base": 2,
-    }
-    never = {"max_retries": 0, "retry_timeout": timedelta(minutes=3), "backoff": wait}
-    some = {"max_retries": 3, "retry_timeout": timedelta(minutes=3), "backoff": wait}
-    may_lack_role = False
-    if scheme in ("http", "https"):
-        options["allow_http"] = scheme == "http"
-
-        def make(retry: dict[str, Any]) -> Any:
-            return api._store.HTTPStore(
-                f"{scheme}://{host}", client_options=options, retry_config=retry
-            )
-
-    else:
-        if scheme == "s3":
-            settings, may_lack_role = _s3_settings((scheme, host) in _anonymous)
-            options["allow_http"] = _is_set("AWS_ALLOW_HTTP") or _any_is_http(
-                "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"
-            )
-            kind = api._store.S3Store
-        else:
-            options["allow_http"] = _any_is_http("GOOGLE_BASE_URL")
-            settings = {"skip_signature": True} if (scheme, host) in _anonymous else {}
-            may_lack_role = not (settings or _is_set("GOOGLE_SKIP_SIGNATURE")) and not any(
-                os.environ.get(name)
-                for name in (
-                    "GOOGLE_APPLICATION_CREDENTIALS",
-                    "GOOGLE_SERVICE_ACCOUNT",
-                    "GOOGLE_SERVICE_ACCOUNT_PATH",
-                    "GOOGLE_SERVICE_ACCOUNT_KEY",
-                    "GOOGLE_BEARER_TOKEN",
-                )
-            )
-            kind = api._store.GCSStore
-
-        def make(retry: dict[str, Any]) -> Any:
-            return kind(host, client_options=options, retry_config=retry, **settings)
-
-    return _Client(api, make(never), make(some), may_lack_role)
-
-
-def _is_set(name: str) -> bool:
-    return os.environ.get(name, "").lower() in ("1", "true", "yes")
-
-
-def _any_is_http(*names: str) -> bool:
-    return any(os.environ.get(name, "").startswith("http://") for name in names)
-
-
-def _s3_settings(anonymous: bool) -> tuple[dict[str, Any], bool]:
-    """Return what obstore does not find itself, and whether only a machine's role is left."""
-    if anonymous:
-        return {"skip_signature": True}, False
-    if os.environ.get("AWS_SKIP_SIGNATURE") or os.environ.get("AWS_ACCESS_KEY_ID"):
-        return {}, False
-    profile = _s3_profile()
-    if profile:
-        return profile, False
-    if any(
-        os.environ.get(name)
-        for name in (
-            "AWS_WEB_IDENTITY_TOKEN_FILE",
-            "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
-            "AWS_CONTAINER_CREDENTIALS_FULL_URI",
-        )
-    ):
-        return {}, False
-    if _is_set("AWS_EC2_METADATA_DISABLED"):
-        return {"skip_signature": True}, False
-    return {}, True
-
-
-def _s3_profile() -> dict[str, str]:
-    """Return the credentials of a profile as ``aws configure`` writes them, or nothing."""
-    default = Path("~/.aws/credentials")
-    path = Path(os.environ.get("AWS_SHARED_CREDENTIALS_FILE") or default).expanduser()
-    parser = configparser.RawConfigParser()
-    try:
-        parser.read(path, "utf-8")
-        section = parser[os.environ.get("AWS_PROFILE") or "default"]
-    except (configparser.Error, KeyError, UnicodeDecodeError, OSError):
-        return {}
-    names = {
-        "aws_access_key_id": "access_key_id",
-        "aws_secret_access_key": "secret_access_key",
-        "aws_session_token": "session_token",
-    }
-    found = {ours: section[theirs] for theirs, ours in names.items() if section.get(theirs)}
-    return found if "access_key_id" in found else {}

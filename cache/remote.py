@@ -3,9 +3,7 @@
 A part is visible once its manifest is there, and its manifest is written last. What is read comes
 in inner chunks, each verified before anyone sees it. Chunks lie in memory, in the local copy
 (``localcopy.py``) or on the server, in that order; what is missing of a whole batch or epoch is
-fetched together, in few and large requests at the same time.
-
-k inner chunks make a *block*, the unit of the local copy: about 4 MiB, aligned in its shard.
+fetched together, in few and large requests at the same time (``nearby.py``).
 """
 
 from __future__ import annotations
@@ -13,27 +11,35 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import tempfile
-import threading
 import time
 import weakref
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xxhash
 
 from mer.cache import layout
+from mer.cache.clients import gather
 from mer.cache.errors import DamagedStoreError, StoreError, UsageError
 from mer.cache.layout import FileRecord
 from mer.cache.localcopy import INDEX_FOLDER, local_copy, local_folder
-from mer.cache.objects import Bucket, Listed, Span, gather
+from mer.cache.nearby import (
+    Block,
+    Fetcher,
+    Need,
+    ShardKey,
+    block_bounds,
+    block_chunks,
+    block_name,
+    copy_name,
+    memory,
+    small_name,
+)
+from mer.cache.objects import Bucket, Listed
 from mer.cache.place import is_store_name
 from mer.cache.reader import PartGoneError, PartReader, ShardLayout, is_part_name
 from mer.cache.spec import OutputSpec
@@ -41,81 +47,8 @@ from mer.cache.staging import ABANDONED_S, staged, sweep
 
 logger = logging.getLogger(__name__)
 
-MEMORY_BYTES = 512 << 20  # of chunks and small files, per process
-BLOCK_BYTES = 4 << 20
 PARTS_SUFFIX = ".parts.json"  # beside a store: its parts, for readers that cannot list
-_WINDOW_BYTES = MEMORY_BYTES // 2  # fetched at once, so that it is read before it is dropped
 _SMALL_WINDOW_BYTES = 16 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class _Shard:
-    """A shard as a key of memory: no two stores, parts or versions of a part share one."""
-
-    store: str  # URL
-    part: str
-    file: str
-    manifest: str  # checksum
-
-
-class _Block:
-    """k consecutive chunks of a shard, some or all of them there."""
-
-    __slots__ = ("data", "present")
-
-    def __init__(self, num_chunks: int, chunk_bytes: int) -> None:
-        self.data = np.empty((num_chunks, chunk_bytes), np.uint8)
-        self.present = bytearray(num_chunks)
-
-
-class _Memory:
-    """Verified chunks and small files of all stores, the least recently used dropped first."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.bytes = 0
-        self._entries: OrderedDict[Any, tuple[Any, int]] = OrderedDict()
-        self.pending: dict[Any, threading.Event] = {}
-        self.lock = threading.RLock()
-
-    def get(self, key: Any) -> Any | None:
-        with self.lock:
-            entry = self._entries.get(key)
-            if entry is None:
-                return None
-            self._entries.move_to_end(key)
-            return entry[0]
-
-    def put(self, key: Any, value: Any, num_bytes: int) -> None:
-        """Keep a value, or note how large it has become."""
-        with self.lock:
-            self.bytes += num_bytes - self._entries.pop(key, (None, 0))[1]
-            self._entries[key] = value, num_bytes
-            while self.bytes > self.limit and len(self._entries) > 1:
-                _, (_, freed) = self._entries.popitem(last=False)
-                self.bytes -= freed
-
-    def drop(self, key: Any) -> None:
-        with self.lock:
-            self.bytes -= self._entries.pop(key, (None, 0))[1]
-
-    def clear(self) -> None:
-        with self.lock:
-            self._entries.clear()
-            self.bytes = 0
-
-    def after_fork(self) -> None:
-        """Drop what a thread that was left behind holds or was about to bring."""
-        self.lock = threading.RLock()
-        self.pending = {}
-        self._entries = OrderedDict()  # may be half changed
-        self.bytes = 0
-
-
-memory = _Memory(MEMORY_BYTES)
-_local = threading.local()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=memory.after_fork)
 
 
 class ObjectFiles:
@@ -143,7 +76,7 @@ class ObjectFiles:
         """Return the part's ``zarr.json``; without it there is no part."""
         signature = self.place.signature(self.part)
         copy = None if signature is None else local_copy()
-        kept = _name("manifest", self.where, str(signature))
+        kept = copy_name("manifest", self.where, str(signature))
         data = None
         if copy is not None and signature is not None:
             found = copy.get(kept, signature[0])
@@ -203,13 +136,13 @@ class ObjectFiles:
         if data is not None:
             return data
         copy = local_copy()
-        found = None if copy is None else copy.get(_small_name(record), num_bytes)
+        found = None if copy is None else copy.get(small_name(record), num_bytes)
         if found is None or copy is None:
             return None
         if not found.verified[0]:
             if xxhash.xxh3_128_hexdigest(found.data.data) != record.xxh3:
                 logger.info("A file of the local copy is damaged; %s is fetched again.", file)
-                copy.drop(_small_name(record))
+                copy.drop(small_name(record))
                 return None
             found.verified[0] = 1
         return found.data
@@ -220,7 +153,7 @@ class ObjectFiles:
         if record is None or memory.get(record.xxh3) is not None:
             return False
         copy = local_copy()
-        return copy is None or not copy.has(_small_name(record), record.bytes)
+        return copy is None or not copy.has(small_name(record), record.bytes)
 
     def bring_small(self, file: str) -> np.ndarray:
         """Fetch a file and keep it."""
@@ -238,7 +171,7 @@ class ObjectFiles:
         memory.put(record.xxh3, data, len(data))
         copy = local_copy()
         if copy is not None:
-            copy.put(_small_name(record), content)
+            copy.put(small_name(record), content)
         return data
 
     def stream(self, file: str, num_bytes: int) -> Iterator[memoryview]:
@@ -250,7 +183,7 @@ class ObjectFiles:
 
     def chunks(self, shard: ShardLayout, first: int, last: int) -> np.ndarray:
         """Return chunks from wherever they are nearest."""
-        size = _block_chunks(shard)
+        size = block_chunks(shard)
         pieces = []
         for block in range(first // size, last // size + 1):
             begin = block * size
@@ -261,25 +194,25 @@ class ObjectFiles:
     def _piece(self, shard: ShardLayout, block: int, low: int, high: int) -> np.ndarray:
         data = self._near(shard, block, low, high)
         if data is None:
-            if self.place.go_on(self, shard, block):
+            if self.place.fetcher.go_on(self, shard, block):
                 data = self._near(shard, block, low, high)
             if data is None:
-                need = _Need(self, shard, block, low, high)
-                fetched = self.place.fetch([need], strict=True)
+                need = Need(self, shard, block, low, high)
+                fetched = self.place.fetcher.fetch([need], strict=True)
                 data = fetched[need.key].data[low:high]
         return data
 
     def _near(self, shard: ShardLayout, block: int, low: int, high: int) -> np.ndarray | None:
         """Return chunks of a block if they are in memory or in the local copy."""
         key = self.key(shard)
-        found: _Block | None = memory.get((key, block))
+        found: Block | None = memory.get((key, block))
         if found is not None and all(found.present[low:high]):
             return found.data[low:high]
         copy = local_copy()
         if copy is None:
             return None
-        begin, count = _block_bounds(shard, block)
-        name = _block_name(key, shard, block)
+        begin, count = block_bounds(shard, block)
+        name = block_name(key, shard, block)
         file = copy.get(name, count * shard.chunk_bytes, count)
         if file is None:
             return None
@@ -295,9 +228,9 @@ class ObjectFiles:
             return None
         return data[low:high]
 
-    def key(self, shard: ShardLayout) -> _Shard:
+    def key(self, shard: ShardLayout) -> ShardKey:
         """Return what tells this shard from any other."""
-        return _Shard(self.place.url, self.part, shard.file, self.manifest_sum)
+        return ShardKey(self.place.url, self.part, shard.file, self.manifest_sum)
 
     def _missing(self, file: str) -> DamagedStoreError:
         if self.place.bucket.size(self.name(layout.METADATA)) is None:
@@ -309,25 +242,6 @@ class ObjectFiles:
     ) -> DamagedStoreError:
         """Return the error of a shard that could not be read."""
         return cause if isinstance(cause, DamagedStoreError) else self._missing(shard.file)
-
-
-@dataclass(slots=True)
-class _Need:
-    """Chunks ``low`` to ``high`` of a block."""
-
-    files: ObjectFiles
-    shard: ShardLayout
-    block: int
-    low: int
-    high: int
-
-    @property
-    def key(self) -> tuple[_Shard, int]:
-        return self.files.key(self.shard), self.block
-
-    @property
-    def num_bytes(self) -> int:
-        return (self.high - self.low) * self.shard.chunk_bytes
 
 
 class ObjectPlace:
@@ -349,7 +263,7 @@ class ObjectPlace:
         self.name = self.bucket.name
         self._listing: dict[str, dict[str, Listed]] | None = None
         self._open: weakref.WeakValueDictionary[str, ObjectFiles] = weakref.WeakValueDictionary()
-        self._total: int | None = None
+        self.fetcher = Fetcher(self.bucket)
         self._lists_parts: bool | None = None
 
     def __reduce__(self) -> tuple[type[ObjectPlace], tuple[str]]:
@@ -396,7 +310,7 @@ class ObjectPlace:
             if is_part_name(part) and file:
                 listing.setdefault(part, {})[file] = listed
                 total += listed.bytes
-        self._listing, self._total = listing, total
+        self._listing, self.fetcher.total = listing, total
         return sorted(part for part, files in listing.items() if layout.METADATA in files)
 
     def _published_parts(self) -> list[str]:
@@ -448,7 +362,7 @@ class ObjectPlace:
         copy = local_copy()
         if copy is None:
             return None
-        path = copy.folder / INDEX_FOLDER / f"{_name('index', self.url)}{layout.INDEX_SUFFIX}"
+        path = copy.folder / INDEX_FOLDER / f"{copy_name('index', self.url)}{layout.INDEX_SUFFIX}"
         with suppress(OSError):  # then nothing is kept
             path.parent.mkdir(parents=True, exist_ok=True)
         return path
@@ -531,164 +445,18 @@ class ObjectPlace:
                 except DamagedStoreError:  # whoever reads it will be told
                     continue
             shard = known[1]
-            first, last, size = start // shard.rows, (stop - 1) // shard.rows, _block_chunks(shard)
+            first, last, size = start // shard.rows, (stop - 1) // shard.rows, block_chunks(shard)
             for block in range(first // size, last // size + 1):
                 low = max(first - block * size, 0)
                 high = min(last + 1 - block * size, size)
                 span = spans.setdefault((part.id, output, block), [low, high])
                 span[0], span[1] = min(span[0], low), max(span[1], high)
-        needs = []
-        for (part_id, output, block), (low, high) in spans.items():
-            files, shard = about[part_id, output]
-            need = self._whole_if_worth(_Need(files, shard, block, low, high))
-            if not _is_near(need):
-                needs.append(need)
-        _local.rest = None
-        self._fetch_window(needs)
-
-    def go_on(self, files: ObjectFiles, shard: ShardLayout, block: int) -> bool:
-        """Fetch the next of what ``prefetch`` left, if this block is in it."""
-        rest: list[_Need] | None = getattr(_local, "rest", None)
-        if not rest:
-            return False
-        key = files.key(shard), block
-        at = next((i for i, need in enumerate(rest) if need.key == key), None)
-        if at is None:
-            return False
-        self._fetch_window([need for need in rest[at:] if not _is_near(need)])
-        return True
-
-    def _fetch_window(self, needs: list[_Need]) -> None:
-        total = number = 0
-        while number < len(needs) and (not number or total < _WINDOW_BYTES):
-            total += needs[number].num_bytes
-            number += 1
-        _local.rest = needs[number:] or None
-        if number:
-            self.fetch(needs[:number], strict=False)
-
-    def _whole_if_worth(self, need: _Need) -> _Need:
-        """Take the whole block where the local copy will keep it."""
-        copy = local_copy()
-        if copy is None:
-            return need
-        count = _block_bounds(need.shard, need.block)[1]
-        fits = self._total is None or self._total <= copy.limit
-        if fits or 2 * (need.high - need.low) >= count:
-            need.low, need.high = 0, count
-        return need
-
-    def fetch(self, needs: Sequence[_Need], *, strict: bool) -> dict[tuple[_Shard, int], _Block]:
-        """Bring chunks into memory, and whole blocks into the local copy.
-
-        What another thread is bringing is waited for.
-
-        Parameters
-        ----------
-        needs : sequence of _Need
-            Of distinct blocks.
-        strict : bool
-            Whether damage is an error here. Else it is left to whoever reads the chunk.
-
-        Returns
-        -------
-        dict
-            The blocks, by ``_Need.key``.
-        """
-        needs = [self._whole_if_worth(need) for need in needs if _has_sums(need, strict)]
-        blocks: dict[tuple[_Shard, int], _Block] = {}
-        mine: list[tuple[_Need, int, int]] = []  # runs of chunks
-        done = threading.Event()
-        claimed: list[Any] = []
-        others: set[threading.Event] = set()
-        with memory.lock:
-            for need in needs:
-                key = need.key
-                count = _block_bounds(need.shard, need.block)[1]
-                block = memory.get(key)
-                if block is None:
-                    block = _Block(count, need.shard.chunk_bytes)
-                    memory.put(key, block, 0)
-                blocks[key] = block
-                run: int | None = None
-                for chunk in range(need.low, need.high + 1):
-                    free = chunk < need.high and not block.present[chunk]
-                    if free and (event := memory.pending.get((key, chunk))) is not None:
-                        others.add(event)
-                        free = False
-                    if free:
-                        memory.pending[key, chunk] = done
-                        claimed.append((key, chunk))
-                        run = chunk if run is None else run
-                    elif run is not None:
-                        mine.append((need, run, chunk))
-                        run = None
-        try:
-            self._bring(mine, blocks, strict)
-        except BaseException:
-            # Requests may still be under way and write into these blocks, unverified.
-            for key, _ in claimed:
-                memory.drop(key)
-            raise
-        finally:
-            with memory.lock:
-                for entry in claimed:
-                    memory.pending.pop(entry, None)
-            done.set()
-        for event in others:
-            event.wait()
-        if others and strict:  # the other thread may have failed
-            missing = [n for n in needs if not all(blocks[n.key].present[n.low : n.high])]
-            if missing:
-                blocks |= self.fetch(missing, strict=True)
-        return blocks
-
-    def _bring(
-        self,
-        runs: list[tuple[_Need, int, int]],
-        blocks: Mapping[tuple[_Shard, int], _Block],
-        strict: bool,
-    ) -> None:
-        for last in (False, True):  # a flip on the way is not on the server
-            spans, targets = [], []
-            for need, low, high in runs:
-                begin = _block_bounds(need.shard, need.block)[0]
-                size = need.shard.chunk_bytes
-                name = need.files.name(need.shard.file)
-                spans.append(Span(name, (begin + low) * size, (begin + high) * size))
-                targets.append(blocks[need.key].data[low:high].reshape(-1))
-            broken = self.bucket.get_spans(spans, targets)
-            failed = []
-            for need, low, high in runs:
-                shard, block = need.shard, blocks[need.key]
-                name = need.files.name(shard.file)
-                if name in broken:
-                    if strict:
-                        raise need.files.error(shard, broken[name])
-                    continue
-                begin = _block_bounds(shard, need.block)[0]
-                try:
-                    where = f"{self.url}/{name}"
-                    shard.verify(block.data[low:high], begin + low, where)
-                except DamagedStoreError:
-                    if last and strict:
-                        raise
-                    failed.append((need, low, high))
-                    continue
-                block.present[low:high] = b"\1" * (high - low)
-                self._keep(need, block)
-            if not failed:
-                return
-            runs = failed
-
-    def _keep(self, need: _Need, block: _Block) -> None:
-        key, size = need.key, need.shard.chunk_bytes
-        memory.put(key, block, sum(block.present) * size)
-        copy = local_copy()
-        if copy is not None and all(block.present):
-            name = _block_name(key[0], need.shard, need.block)
-            if not copy.has(name, block.data.nbytes):
-                copy.put(name, block.data.reshape(-1))
+        self.fetcher.bring(
+            [
+                Need(*about[part_id, output], block, low, high)
+                for (part_id, output, block), (low, high) in spans.items()
+            ]
+        )
 
     # -- writing -------------------------------------------------------------------------------
 
@@ -699,7 +467,7 @@ class ObjectPlace:
     def _staging(self) -> Path:
         copy = local_copy()
         folder = local_folder() / "staging" if copy is None else copy.folder / INDEX_FOLDER
-        path = folder / _name("staging", self.url)
+        path = folder / copy_name("staging", self.url)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError:
@@ -849,82 +617,6 @@ def _is_loaded(part: PartReader) -> bool:
 def _load(part: PartReader) -> None:
     with suppress(DamagedStoreError):  # whoever reads it will be told
         part.load()
-
-
-def _is_near(need: _Need) -> bool:
-    """Whether chunks are in memory or, unverified yet, in the local copy."""
-    found: _Block | None = memory.get(need.key)
-    if found is not None and all(found.present[need.low : need.high]):
-        return True
-    copy = local_copy()
-    if copy is None:
-        return False
-    key, block = need.key
-    num_bytes = _block_bounds(need.shard, block)[1] * need.shard.chunk_bytes
-    return copy.has(_block_name(key, need.shard, block), num_bytes)
-
-
-def _has_sums(need: _Need, strict: bool) -> bool:
-    """Make sure that the checksums of a shard's chunks are known."""
-    try:
-        _complete_sums(need)
-    except DamagedStoreError:
-        if strict:
-            raise
-        return False
-    return True
-
-
-def _complete_sums(need: _Need) -> None:
-    """Take the checksums of chunks from the shard itself where the manifest has none.
-
-    A manifest of the first release knows only the whole file, which is then read once: chunks that
-    match their own checksums alone may be those of another part.
-    """
-    shard = need.shard
-    if shard.crcs is not None:
-        return
-    bucket, name = need.files.place.bucket, need.files.name(shard.file)
-    data = np.empty(shard.file_bytes, np.uint8)
-    for error in bucket.get_spans([Span(name, 0, shard.file_bytes)], [data]).values():
-        raise need.files.error(shard, error)
-    where = f"{need.files.where}/{shard.file}"
-    chunks = data[: shard.num_chunks * shard.chunk_bytes].reshape(-1, shard.chunk_bytes)
-    if xxhash.xxh3_128_hexdigest(data.data) != shard.xxh3:
-        shard.verify(chunks, 0, where)
-        raise DamagedStoreError(f"{where} is not the file its part's manifest lists.")
-    shard.crcs = chunk_sums(chunks)
-
-
-def chunk_sums(chunks: np.ndarray) -> np.ndarray:
-    """Return the checksums that (n, chunk_bytes) uint8 end with, (n,) uint32."""
-    ends = np.ascontiguousarray(chunks[:, -layout.CRC_BYTES :])
-    return ends.view("<u4")[:, 0].astype(np.uint32)
-
-
-def _block_chunks(shard: ShardLayout) -> int:
-    """Return k."""
-    return max(1, BLOCK_BYTES // shard.chunk_bytes)
-
-
-def _block_bounds(shard: ShardLayout, block: int) -> tuple[int, int]:
-    """Return the first chunk of a block and how many it has."""
-    size = _block_chunks(shard)
-    return block * size, min(size, shard.num_chunks - block * size)
-
-
-def _block_name(key: _Shard, shard: ShardLayout, block: int) -> str:
-    return _name("block", key.store, key.part, key.file, key.manifest, _block_chunks(shard), block)
-
-
-def _small_name(record: FileRecord) -> str:
-    return _name("file", record.xxh3, record.bytes)
-
-
-def _name(*parts: object) -> str:
-    """Return a name in the local copy that says all of ``parts``."""
-    digest = hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=16).hexdigest()
-    return f"{digest[:2]}/{digest[2:]}"
 
 
 def _is_sealed(data: bytes) -> bool:

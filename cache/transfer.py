@@ -22,9 +22,10 @@ from mer.cache import layout
 from mer.cache.errors import DamagedStoreError, StoreError, UsageError
 from mer.cache.home import Cache
 from mer.cache.layout import FileRecord
+from mer.cache.nearby import chunk_sums
 from mer.cache.place import Place
 from mer.cache.reader import PartGoneError, PartReader
-from mer.cache.remote import PARTS_SUFFIX, ObjectPlace, chunk_sums, parts_list
+from mer.cache.remote import PARTS_SUFFIX, ObjectPlace, parts_list
 from mer.cache.spec import OutputSpec
 from mer.cache.staging import write_file, writing
 from mer.cache.store import Store

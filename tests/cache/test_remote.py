@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from s3_server import S3, Answer, Gateway, Request, s3, serve_folder, settings
 
-from mer.cache import layout, localcopy, objects, remote
+from mer.cache import clients, layout, localcopy, nearby, objects, remote
 from mer.cache.errors import (
     DamagedStoreError,
     MissingDependencyError,
@@ -85,7 +85,7 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
         monkeypatch.setattr(objects, "FIRST_WAIT_S", 0.001)
         monkeypatch.setattr(objects, "TRIES", 4)
-        monkeypatch.setattr(remote, "BLOCK_BYTES", 4 * CHUNK_BYTES)
+        monkeypatch.setattr(nearby, "BLOCK_BYTES", 4 * CHUNK_BYTES)
         remote.memory.clear()
         yield made
         remote.memory.clear()
@@ -566,7 +566,7 @@ def test_memory_stays_within_its_limit(
 ):
     limit = 16 * CHUNK_BYTES
     monkeypatch.setattr(remote.memory, "limit", limit)
-    monkeypatch.setattr(remote, "_WINDOW_BYTES", limit // 2)
+    monkeypatch.setattr(nearby, "_WINDOW_BYTES", limit // 2)
     store = reopened(store)
     keys = list(content)
     data, lengths = store.batch(keys, "final")  # more than memory holds
@@ -623,9 +623,9 @@ def test_what_was_read_is_not_fetched_again_by_another_process(
     assert [request.method for request in bucket.gateway.requests("GET")] == ["GET"] * 2
     assert not bucket.gateway.requests("GET", data=True)
     program = f"""
-from mer.cache import remote
+from mer.cache import nearby
 from mer.cache.store import Store
-remote.BLOCK_BYTES = {remote.BLOCK_BYTES}
+nearby.BLOCK_BYTES = {nearby.BLOCK_BYTES}
 store = Store({store.url!r})
 print(sum(float(batch.data.sum()) for _, batch in store.epoch(4, "final")))
 """
@@ -644,7 +644,8 @@ def test_local_copy_stays_within_its_limit_and_keeps_what_was_used_last(
 ):
     block = 4 * CHUNK_BYTES
     small = LocalCopy(copy.folder / "small", 6 * block)
-    monkeypatch.setattr(remote, "local_copy", lambda: small)
+    for module in (remote, nearby):
+        monkeypatch.setattr(module, "local_copy", lambda: small)
     check(reopened(store), content)
     check(reopened(store), content)
     assert 0 < small.size() <= small.limit
@@ -762,8 +763,8 @@ def test_url_that_names_no_objects_is_refused(url: str):
 
 def test_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "obstore", None)
-    monkeypatch.setattr(objects, "_api", None)
-    monkeypatch.setattr(objects, "_clients", {})
+    monkeypatch.setattr(clients, "_api", None)
+    monkeypatch.setattr(clients, "_clients", {})
     with pytest.raises(MissingDependencyError, match=r"pip install 'mer\[remote\]'"):
         Bucket("s3://bucket/x").get("a")
 
