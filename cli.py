@@ -15,6 +15,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -542,12 +543,14 @@ def _counting(what: str, total: int | None, show_count: Callable[[int], str]) ->
             yield None
             return
         task = show.add_task(what, total=total or None, note="")
-        done = [0]
+        done, lock = 0, threading.Lock()  # parts are read by several threads
 
         def advance(count: int) -> None:
-            done[0] += count
-            note = show_count(done[0]) + (f" of {show_count(total)}" if total else "")
-            show.update(task, completed=done[0], note=note)
+            nonlocal done
+            with lock:
+                done += count
+                note = show_count(done) + (f" of {show_count(total)}" if total else "")
+                show.update(task, completed=done, note=note)
 
         yield advance
 

@@ -756,6 +756,28 @@ def test_every_help_has_an_example_and_imports_nothing_heavy(argv: list[str]) ->
     assert ("Example" in done.stdout) == (len(argv) > 2)
 
 
+@pytest.mark.parametrize("name", ["verify", "cp"])
+def test_a_terminal_sees_how_much_is_done(cache: Path, tmp_path: Path, name: str) -> None:
+    pty = pytest.importorskip("pty")
+    arguments = {"verify": ["--cache", cache], "cp": [cache, tmp_path / "target"]}[name]
+    ours, theirs = pty.openpty()
+    argv = [sys.executable, "-m", "mer.cli", "cache", name, *map(str, arguments)]
+    with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=theirs) as process:
+        os.close(theirs)
+        seen = b""
+        while True:
+            try:
+                piece = os.read(ours, 4096)
+            except OSError:  # Linux says so when the other end is closed
+                break
+            if not piece:
+                break
+            seen += piece
+    os.close(ours)
+    assert process.returncode == 0, seen.decode()
+    assert "kB of" in seen.decode()
+
+
 def test_a_cache_that_cannot_be_one_is_refused(mer: Mer, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     code, _, err = mer("cache", "gc", "--cache", tmp_path / "file")
