@@ -699,7 +699,8 @@ Examples:
     "used_by",
     multiple=True,
     metavar="DATASET",
-    help="Remove what none of these corpora or manifests uses; repeatable.",
+    help="Remove what none of these corpora or manifests uses; repeatable. Imported features are "
+    "kept unless --store or --extractor names them.",
 )
 @click.option(
     "--root",
@@ -734,13 +735,17 @@ def cache_gc(
     any moment, and run while others read and write.
     """
     from mer.cache.collect import plan, run
-    from mer.pipelines.caching import gc_result, gc_text, keys_in_use, pair_roots
+    from mer.pipelines.caching import gc_result, gc_text, keys_in_use, pair_roots, recomputable
 
     opened = _cache(cache_url)
     keep = None
+    notes: tuple[str, ...] = ()
+    chosen = _chosen(stores, opened) if stores else None
     if used_by:
         with _counting("reading recordings", None, "{:,}".format) as progress:
             keep = keys_in_use(pair_roots(used_by, roots), opened, progress)
+        if chosen is None and not extractors:
+            chosen, notes = recomputable(opened.stores())
     elif roots:
         raise click.UsageError("--root goes with --unused-by.")
     planned = plan(
@@ -749,7 +754,7 @@ def cache_gc(
         max_bytes=max_size,
         extractors=extractors,
         keep=keep,
-        stores=_chosen(stores, opened) if stores else None,
+        stores=chosen,
         compact=not no_compact,
         quarantine=quarantine,
     )
@@ -757,7 +762,7 @@ def cache_gc(
     if not dry_run:
         with _counting("gc", len(planned.steps), "{:,} steps".format) as progress:
             report = run(planned, (lambda step: progress(1)) if progress else None)
-    result = gc_result(planned, report)
+    result = gc_result(planned, report, notes)
     _emit(result, as_json, lambda: gc_text(result))
     return 0
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mer.cache.errors import StoreError, UsageError
+from mer.cache.exchange.feature import EXTRACTOR
 from mer.extract.inputs import Failure, resolve
 from mer.pipelines import corpora
 from mer.pipelines.extraction import sources_of
@@ -417,7 +418,25 @@ def copy_text(result: Mapping[str, Any]) -> str:
     return table(["store", "copied", "there before", "parts", "size"], rows)
 
 
-def gc_result(plan: GcPlan, report: GcReport | None) -> dict[str, Any]:
+def recomputable(stores: Iterable[Store]) -> tuple[list[Store], tuple[str, ...]]:
+    """Return the stores that `mer extract` can fill again, and a note on each other one.
+
+    Imported features may be known by the ids of a stranger, which no manifest's keys match, and
+    nothing can compute them.
+    """
+    chosen, notes = [], []
+    for store in stores:
+        with suppress(StoreError):
+            if store.spec.identity.get("extractor") == EXTRACTOR:
+                notes.append(
+                    f"{store.name} is left as it is: it was imported; name it to choose it"
+                )
+                continue
+        chosen.append(store)
+    return chosen, tuple(notes)
+
+
+def gc_result(plan: GcPlan, report: GcReport | None, notes: Sequence[str] = ()) -> dict[str, Any]:
     """Return what `mer cache gc` did, or with ``report=None`` would do."""
     steps = [
         {
@@ -438,7 +457,7 @@ def gc_result(plan: GcPlan, report: GcReport | None) -> dict[str, Any]:
         "bytes_freed": plan.bytes_freed,
         "utterances": plan.utterances,
         **done,
-        "notes": [*plan.notes, *done.get("notes", ())],
+        "notes": [*notes, *plan.notes, *done.get("notes", ())],
     }
 
 

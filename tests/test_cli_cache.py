@@ -346,6 +346,21 @@ def test_gc_keeps_what_any_of_the_data_sets_uses(
         assert found["missing"] == {FEATURE: missing}
 
 
+def test_gc_keeps_imported_features_that_no_manifest_can_know(
+    mer: Mer, cache: Path, corpus: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "theirs").mkdir()
+    np.save(tmp_path / "theirs" / "stranger.npy", np.ones((4, 3), np.float32))
+    argv = ("--name", "theirs", "--format", "npy", "--cache", cache)
+    assert mer("cache", "import", tmp_path / "theirs", *argv)[0] == 0
+    argv = ("cache", "gc", "--cache", cache, "--unused-by", corpus, "--json")
+    code, result, _ = mer(*argv)
+    assert (code, result["utterances"]) == (0, 0)
+    assert any("imported-theirs" in note for note in result["notes"])
+    code, result, _ = mer(*argv, "--store", "imported-theirs")
+    assert (code, result["utterances"]) == (0, 1)
+
+
 def test_gc_refuses_a_data_set_that_is_not_there_as_a_whole(
     mer: Mer, cache: Path, corpus: Path
 ) -> None:
