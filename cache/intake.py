@@ -19,7 +19,8 @@ from mer.cache.spec import OutputSpec
 
 FLOAT16_MAX = 65504.0
 _BLOCK_ELEMENTS = 1 << 17  # 512 KiB of float32
-_BLOCK_ROWS = 256  # more would cost accuracy of the float32 sums over a block
+_BLOCK_ROWS = 256
+_SUM_ROWS = 64  # in float32, then float64 goes on: more would cost accuracy
 _SERIAL_ELEMENTS = 32767  # torch shares larger copies among threads
 _EXACT_WIDTH = 64  # narrower outputs are pooled in float64: they are small
 _SAMPLE_ROWS = 16
@@ -304,9 +305,11 @@ class _Moments:
     def add(self, block: np.ndarray, scratch: np.ndarray) -> None:
         """Count (rows, D) float32 in."""
         rest = np.subtract(block, self._pivot, out=_shaped(scratch, block.shape))
-        # Not by a matrix product: the library would share it among threads.
-        self._sum += np.add.reduce(rest, axis=0)
-        self._squares += np.einsum("td,td->d", rest, rest)
+        for i in range(0, len(rest), _SUM_ROWS):
+            rows = rest[i : i + _SUM_ROWS]
+            # Not by a matrix product: the library would share it among threads.
+            self._sum += np.add.reduce(rows, axis=0)
+            self._squares += np.einsum("td,td->d", rows, rows)
 
     def result(self, array: np.ndarray) -> np.ndarray:
         """Return (2, D) float32 for the array that was counted in."""

@@ -222,8 +222,12 @@ def test_one_large_value_widens_its_part_and_changes_no_other_value(tmp_path, la
     for number, array in enumerate(arrays):
         expected = array if number == 2 else array.astype(np.float16).astype(np.float32)
         assert_same_bits(store.frames(key(number), "final"), expected)
+    part = store.path / "parts" / manifest["part"]
     frames = zarr.open_group(store.path, mode="r")["parts"][manifest["part"]]["final"]["frames"]
     assert_same_bits(frames[:10], arrays[0].astype(np.float16).astype(np.float32))
+    shard = np.frombuffer((part / "final" / "frames" / "c" / "0" / "0").read_bytes(), np.uint8)
+    last = shard[635 // rows * (rows * 16 + 4) :][: rows * 16].view(np.float32).reshape(rows, 4)
+    assert np.isnan(last[635 % rows :]).all()
 
 
 def test_the_largest_float16_is_no_overflow(tmp_path):
@@ -587,6 +591,23 @@ def test_memory_of_chunks_is_used_again_within_its_limit():
     again = [buffers.take(1000) for _ in range(4)]
     assert sum(any(a is b for b in first) for a in again) == 2
     assert len(buffers.take(10)) == 10
+
+
+def test_many_parts_need_the_memory_of_two(tmp_path, monkeypatch):
+    store = opened(tmp_path)
+    taken: list[np.ndarray] = []  # holds them, so that no address is used twice by chance
+    real = Buffers.take
+
+    def take(self, num_bytes):
+        taken.append(real(self, num_bytes))
+        return taken[-1]
+
+    monkeypatch.setattr(Buffers, "take", take)
+    with store.writer(part_bytes=600 * 4 * 2) as writer:
+        for number in range(20):
+            writer.add(key(number), 1, {"final": np.zeros((600, 4), np.float32)})
+    assert len(taken) == 40
+    assert len({id(buffer) for buffer in taken}) <= 4
 
 
 def test_rounding_never_asks_torch_for_more_than_one_thread(monkeypatch):
