@@ -5,10 +5,11 @@
 
 A process of its own serves the folder of the store as an S3 bucket (tests/s3_server.py; moto, which
 the tests use, is slower than what is measured here) and adds the latency to every request. Each row
-begins with nothing in memory. "cold" fills an empty local copy, "warm" has one that another run
-filled, "off" has none. MB/s are those of the frames asked for, as stored; the ratio is to local
-disk, page cache warm, same access, same round; medians over the rounds. The first line of a latency
-is the ceiling: the same bytes in requests of 8 MiB, 16 at a time, thrown away.
+begins with an open store and none of its frames in memory. "cold" fills an empty local copy, "warm"
+has one that another run filled, "off" has none. MB/s are those of the frames asked for, as stored;
+the ratio is to local disk, page cache warm, same access, same round; medians over the rounds. The
+first line of a latency is the ceiling: the same bytes in requests of 8 MiB, 16 at a time, thrown
+away.
 """
 
 from __future__ import annotations
@@ -152,14 +153,18 @@ def raw(url: str) -> int:
         return sum(len(data) for data in pool.map(lambda p: bucket.get_range(*p), pieces))
 
 
+def forget() -> None:
+    """Empty the memory of this process, and let go of what it has mapped of the local copy."""
+    from mer.cache import localcopy
+    from mer.cache.nearby import memory
+
+    memory.clear()
+    localcopy._copies.clear()
+
+
 def measure(
     name: str, act: Callable[[], int], tell: Callable[[], dict[str, int]] | None = None
 ) -> Row:
-    from mer.cache import localcopy
-    from mer.cache.remote import memory
-
-    memory.clear()
-    localcopy._copies.clear()  # and with them what is mapped
     if tell is not None:
         tell()
     began = time.perf_counter()
@@ -190,9 +195,10 @@ def run_round(
         with urllib.request.urlopen(f"{endpoint}/-/stats") as response:
             return json.load(response)
 
-    def with_copy(where: str, act: Callable[..., int]) -> int:
+    def open_with(where: str):
+        forget()
         os.environ["MER_LOCAL_COPY"] = where
-        return act(opened(url, keys), keys)
+        return opened(url, keys)
 
     for latency in latencies:
         urllib.request.urlopen(f"{endpoint}/-/latency/{latency}").read()
@@ -200,9 +206,8 @@ def run_round(
         for name, act in accesses.items():
             shutil.rmtree(copies, ignore_errors=True)
             for label, where in (("off", "off"), ("cold", str(copies)), ("warm", str(copies))):
-                rows.append(
-                    measure(f"{name} {label}", lambda w=where, a=act: with_copy(w, a), tell)
-                )
+                store = open_with(where)
+                rows.append(measure(f"{name} {label}", lambda s=store, a=act: a(s, keys), tell))
         for label, shuffled in (("in order", False), ("random", True)):
             rows.append(
                 measure(f"zarr-python, {label}", lambda s=shuffled: zarr_epoch(url, s), tell)
