@@ -593,6 +593,17 @@ def test_memory_of_chunks_is_used_again_within_its_limit():
     assert len(buffers.take(10)) == 10
 
 
+def test_what_an_earlier_part_holds_is_not_written_again(tmp_path):
+    store = opened(tmp_path)
+    frames = {"final": np.zeros((2, 4), np.float32)}
+    with direct(store) as writer:
+        writer.add(key(0), 1, frames)
+        writer.commit()
+        writer.add(key(0), 1, frames)
+        writer.add(key(1), 1, frames)
+    assert [manifest["utterances"] for manifest in manifests(store).values()] == [1, 1]
+
+
 def test_many_parts_need_the_memory_of_two(tmp_path, monkeypatch):
     store = opened(tmp_path)
     taken: list[np.ndarray] = []  # holds them, so that no address is used twice by chance
