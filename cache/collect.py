@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ from mer.cache.examine import StoreFacts, examine_part
 from mer.cache.identity import KEY_BYTES
 from mer.cache.index import KeyIndex, key_array
 from mer.cache.raw import TEMPORARY_SUFFIX, raw_of
-from mer.cache.reader import PartReader
+from mer.cache.reader import PartGoneError, PartReader
 from mer.cache.rewrite import GENERATION, PART_BYTES, Stored, rank, rewrite
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 SMALL_BYTES = 32 << 20
 PARTS_SUFFIX = ".parts.json"  # beside a store that web servers hand out: the list of its parts
+
+_TRIES = 5
 
 DROP_STORE = "drop store"
 DROP_PART = "drop part"
@@ -194,9 +197,13 @@ def plan(
         try:
             if extractors and not _is_of(store, extractors):
                 continue
-            table = _Table(store)
+            table = _look_at(store)
         except StoreError as error:
-            notes.append(f"{store.name} is left as it is: {error}")
+            if whole and (step := _drop_damaged(store, error)) is not None:
+                places[store.name] = store
+                steps.append(step)
+            else:
+                notes.append(f"{store.name} is left as it is: {error}")
             continue
         places[store.name] = store
         tables.append(table)
@@ -231,6 +238,31 @@ def _is_of(store: Store, extractors: Sequence[str]) -> bool:
     names = {store.name, spec.slug}
     names |= {v for k in ("extractor", "name") if isinstance(v := spec.identity.get(k), str)}
     return any(fnmatchcase(name, wanted) for name in names for wanted in extractors)
+
+
+def _look_at(store: Store) -> _Table:
+    """Read what there is, again if another process removes parts meanwhile."""
+    for _ in range(_TRIES - 1):
+        with suppress(PartGoneError):
+            return _Table(store)
+        store.refresh()
+    return _Table(store)
+
+
+def _drop_damaged(store: Store, error: StoreError) -> Step | None:
+    """Return the step that drops a store that cannot be opened, if it can be listed."""
+    try:
+        parts = raw_of(store.place).listing().by_part()
+        names = [name for name in store.place.part_names() if name in parts]
+    except StoreError:
+        return None
+    return Step(
+        store=store.name,
+        action=DROP_STORE,
+        parts=tuple(names),
+        bytes=sum(file.bytes for name in names for file in parts[name].files.values()),
+        reason=f"extractor {store.spec.slug}; it is damaged: {error}",
+    )
 
 
 def _leftovers(store: Store, quarantine: bool) -> list[Step]:
@@ -485,6 +517,10 @@ def run(gc: GcPlan, progress: Callable[[Step], None] | None = None) -> GcReport:
         store = gc.places[step.store]
         try:
             _ACTIONS[step.action](work, store, step)
+        except PartGoneError:
+            work.notes.append(
+                f"{step.store}: not done ({step.action}), another process was faster."
+            )
         except DamagedStoreError as error:
             work.notes.append(
                 f"{step.store}: not done ({step.action}): {error} `mer cache verify --repair` "
@@ -518,9 +554,12 @@ class _Work:
 
     def drop_store(self, store: Store, step: Step) -> None:
         """Remove its parts, then, if nobody has added one, the store."""
-        for part in self._present(store, step):
-            self._remove(store, part)
         raw = raw_of(store.place)
+        there = raw.listing().by_part()
+        for part in step.parts:  # damaged or not
+            store.place.remove(part)
+            files = there[part].files.values() if part in there else ()
+            self.freed += sum(file.bytes for file in files)
         if raw.remove_if_empty():
             self.stores_dropped += 1
             for suffix in (layout.INDEX_SUFFIX, PARTS_SUFFIX):
@@ -548,8 +587,29 @@ class _Work:
             return
         dtypes = {tuple(p.dtype(o.name).name for o in store.spec.outputs) for p in readers}
         assert len(dtypes) == 1
+        written = self._write(store, step, readers)
+        ranks = [rank(generation(part), part.id) for part in written]
+        same = [part for part in readers if part.id in {p.id for p in written}]
+        for old in readers if not same else ():
+            if any(r > rank(generation(old), old.id) for r in ranks):
+                self.notes.append(f"{store.name}: part {old.id} stays until the next gc.")
+                continue
+            self._remove(store, old)
+            self.parts_merged += 1
+        # The result was there before, below one of its sources in rank. Then that one keeps what
+        # is in both, and the next gc merges it with the rest.
+        for old in same:
+            if len(step.kept[old.id]):
+                self._write(store, step, [old])
+            self._remove(store, old)
+            self.parts_merged += 1
+        self.utterances += step.utterances
+
+    def _write(self, store: Store, step: Step, readers: Sequence[PartReader]) -> list[PartReader]:
+        """Write what stays of some parts and return the new ones."""
         raw = raw_of(store.place)
         modified = raw.modified([part.id for part in readers])
+        before = set(store.place.part_names())
         new = rewrite(
             store.place,
             store.spec,
@@ -557,22 +617,14 @@ class _Work:
             _utterances(readers, step.kept, store),
             generation=1 + max(map(generation, readers)),
         )
-        if modified:  # what is in it is no younger for having been merged
-            for part in new:
-                raw.set_modified(part, max(modified.values()))
-        self.parts_written += len(new)
-        written = [p for p in _readers(store, new) if p is not None]
-        self.freed -= sum(part.num_bytes for part in written)
-        ranks = [rank(generation(part), part.id) for part in written]
-        for old in readers:
-            if old.id in new:
-                continue
-            if any(r > rank(generation(old), old.id) for r in ranks):
-                self.notes.append(f"{store.name}: part {old.id} stays until the next gc.")
-                continue
-            self._remove(store, old)
-            self.parts_merged += 1
-        self.utterances += step.utterances
+        written = [part for part in _readers(store, new) if part is not None]
+        fresh = [part for part in written if part.id not in before]
+        for part in fresh:
+            if modified:  # what is in it is no younger for having been merged
+                raw.set_modified(part.id, max(modified.values()))
+            self.freed -= part.num_bytes
+        self.parts_written += len(fresh)
+        return written
 
     def sweep(self, store: Store, step: Step) -> None:
         """Remove what processes that are gone have left."""

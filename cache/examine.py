@@ -682,14 +682,17 @@ def _index(shard: ShardLayout) -> bytes:
 
 def _shard_blocks(raw: Raw, path: str, shard: ShardLayout) -> Iterator[Buffer]:
     """Yield a shard with everything made anew that follows from its frames."""
-    size = shard.chunk_bytes
-    for chunk in range(shard.num_chunks):
-        data = raw.read(path, chunk * size, chunk * size + shard.data_bytes)
-        expected = None if shard.crcs is None else int(shard.crcs[chunk])
-        if chunk == shard.num_chunks - 1 and _crc(data) != expected:
-            data = _padded(data, shard)
-        yield data
-        yield _crc_bytes(data)
+    size, count = shard.chunk_bytes, shard.num_chunks
+    chunk = 0
+    for block in raw.blocks(path, count * size, max(1, BLOCK_BYTES // size) * size):
+        for start in range(0, len(block), size):
+            data = block[start : start + shard.data_bytes]
+            expected = None if shard.crcs is None else int(shard.crcs[chunk])
+            if chunk == count - 1 and _crc(data) != expected:
+                data = _padded(data, shard)
+            yield data
+            yield _crc_bytes(data)
+            chunk += 1
     yield _index(shard)
 
 

@@ -13,6 +13,8 @@ from mer.cache.examine import Examination, array_files, offsets_file, pooled_fil
 from mer.cache.raw import Raw
 from mer.cache.rewrite import Stored
 
+_WINDOW_BYTES = 2 << 20  # of each output; layers of a model are many
+
 
 class Salvage:
     """Reads utterances of a part that ``examine_part`` found sound.
@@ -29,6 +31,7 @@ class Salvage:
         self._raw = raw
         self._part = examined
         self._folder = f"{layout.PARTS}/{examined.part}"
+        self._windows: dict[str, tuple[int, np.ndarray]] = {}
 
     def read(self, row: int) -> Stored:
         """Return an utterance as it is stored.
@@ -69,8 +72,7 @@ class Salvage:
             return np.empty((0, shard.dim), shard.dtype)
         first, last = start // shard.rows, (stop - 1) // shard.rows
         size = shard.chunk_bytes
-        file = f"{self._folder}/{shard.file}"
-        data = self._raw.read(file, first * size, (last + 1) * size)
+        data = self._chunks(output, first, last)
         pieces = []
         for chunk in range(first, last + 1):
             block = data[(chunk - first) * size : (chunk - first + 1) * size]
@@ -88,6 +90,23 @@ class Salvage:
             end = min(stop - chunk * shard.rows, shard.rows)
             pieces.append(frames.view(shard.dtype).reshape(shard.rows, shard.dim)[begin:end])
         return np.concatenate(pieces)
+
+    def _chunks(self, output: str, first: int, last: int) -> np.ndarray:
+        """Return inner chunks, unchecked, and keep some behind them for the next utterance."""
+        shard = self._part.shards[output]
+        size = shard.chunk_bytes
+        begin, data = self._windows.get(output, (0, np.empty(0, np.uint8)))
+        if not begin <= first * size <= (last + 1) * size <= begin + len(data):
+            begin = first * size
+            end = max((last + 1) * size, begin + _WINDOW_BYTES // size * size)
+            end = min(end, shard.num_chunks * size)
+            file = f"{self._folder}/{shard.file}"
+            try:
+                data = self._raw.read(file, begin, end)
+            except OSError:  # a device that fails further on
+                return self._raw.read(file, begin, (last + 1) * size)
+            self._windows[output] = begin, data
+        return data[first * size - begin : (last + 1) * size - begin]
 
     def _where(self, file: str) -> str:
         return f"{self._raw.url}/{self._folder}/{file}"

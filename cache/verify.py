@@ -28,6 +28,7 @@ from mer.cache.examine import (
     respelled,
 )
 from mer.cache.identity import FINGERPRINT_IN_NAME, fingerprint
+from mer.cache.index import KeyIndex
 from mer.cache.raw import Listing, Raw, raw_of
 from mer.cache.rewrite import Stored, rewrite
 from mer.cache.salvage import Salvage
@@ -41,6 +42,7 @@ Key = bytes  # within the report ``bytes`` is a number
 
 logger = logging.getLogger(__name__)
 
+_TRIES = 5
 _PARTS_METADATA = f"{layout.PARTS}/{layout.METADATA}"
 
 
@@ -203,7 +205,7 @@ class _Verifier:
         self._parts_group(listing)
         by_part = listing.by_part()
         self._strangers(listing, by_part)
-        parts = self._examine(by_part, facts)
+        parts = self._examine_all(by_part, facts)
         self._report(parts)
         self._compare_copies(parts)
         if repair:
@@ -340,11 +342,26 @@ class _Verifier:
 
     # Parts -------------------------------------------------------------------------------------
 
-    def _examine(self, parts: dict[str, Listing], facts: StoreFacts) -> list[Examination]:
-        remote = self._place.path is None
-        if remote:  # uploads that are not finished are no parts yet
-            parts = {name: its for name, its in parts.items() if layout.METADATA in its.files}
+    def _examine_all(self, parts: dict[str, Listing], facts: StoreFacts) -> list[Examination]:
+        """Examine what is there, and what parts that disappear meanwhile were merged into."""
+        examined: dict[str, Examination] = {}
+        for _ in range(_TRIES):
+            parts = self._finished(parts)
+            examined |= {part.part: part for part in self._examine(parts, facts)}
+            if parts.keys() <= examined.keys():
+                break
+            listed = self._raw.listing().by_part()
+            examined = {name: part for name, part in examined.items() if name in listed}
+            parts = {name: its for name, its in listed.items() if name not in examined}
+        return [examined[name] for name in sorted(examined)]
 
+    def _finished(self, parts: dict[str, Listing]) -> dict[str, Listing]:
+        """Leave out what is being uploaded to an object store, and no part yet."""
+        if self._place.path is not None:
+            return parts
+        return {name: its for name, its in parts.items() if layout.METADATA in its.files}
+
+    def _examine(self, parts: dict[str, Listing], facts: StoreFacts) -> list[Examination]:
         def one(item: tuple[str, Listing]) -> Examination | None:
             return examine_part(self._raw, *item, facts, self._progress)
 
@@ -386,21 +403,23 @@ class _Verifier:
         if not len(rows):
             return
         keys = np.concatenate([part.keys[part.sound()] for part in parts])
-        distinct, group = np.unique(keys, axis=0, return_inverse=True)
-        self._found.utterances += len(distinct)
-        if len(distinct) == len(keys):
+        distinct = len(KeyIndex(keys))
+        self._found.utterances += distinct
+        if distinct == len(keys):
             return
+        group = np.unique(keys, axis=0, return_inverse=True)[1]
         order = np.argsort(group.reshape(-1), kind="stable")
         bounds = np.flatnonzero(np.diff(group.reshape(-1)[order])) + 1
+        readers = [Salvage(self._raw, part) for part in parts]
         copies = 0
         differing: dict[str, tuple[int, float]] = {}
         for same in np.split(order, bounds):
             if len(same) == 1 or len(set(owners[same].tolist())) == 1:
                 continue
             copies += 1
-            first = self._stored(parts[owners[same[0]]], rows[same[0]])
+            first = _stored(readers[owners[same[0]]], rows[same[0]])
             for other in same[1:]:
-                again = self._stored(parts[owners[other]], rows[other])
+                again = _stored(readers[owners[other]], rows[other])
                 for output, largest in _differences(first, again):
                     count, so_far = differing.get(output, (0, 0.0))
                     differing[output] = count + 1, max(so_far, largest)
@@ -413,12 +432,6 @@ class _Verifier:
                 f"holds other values for {count} utterances in another part: "
                 f"output {output!r} differs by up to {largest:.4g}"
             )
-
-    def _stored(self, examined: Examination, row: int) -> Stored | None:
-        try:
-            return Salvage(self._raw, examined).read(int(row))
-        except (OSError, StoreError):  # removed meanwhile
-            return None
 
     # Repair ------------------------------------------------------------------------------------
 
@@ -493,6 +506,13 @@ def _lost_keys(examined: Examination, fault: Fault) -> tuple[bytes, ...]:
     if fault.lost is None or not examined.num_utterances:
         return ()
     return tuple(key.tobytes() for key in examined.keys[fault.lost])
+
+
+def _stored(part: Salvage, row: np.integer) -> Stored | None:
+    try:
+        return part.read(int(row))
+    except (OSError, StoreError):  # removed meanwhile
+        return None
 
 
 def _differences(first: Stored | None, again: Stored | None) -> Iterator[tuple[str, float]]:

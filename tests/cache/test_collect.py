@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +17,15 @@ from hypothesis import strategies as st
 
 from mer.cache import collect, layout, reader, staging
 from mer.cache.collect import GcPlan, GcReport, plan, run
-from mer.cache.errors import StorageFullError
+from mer.cache.errors import MissingFeatureError, StorageFullError
 from mer.cache.home import Cache
+from mer.cache.place import LocalPlace
+from mer.cache.reader import PartGoneError
+from mer.cache.rewrite import Stored, rewrite
 from mer.cache.spec import FeatureSpec, OutputSpec
 from mer.cache.store import Store
 from mer.cache.verify import verify
+from mer.cache.writer import PartWriter
 
 SPEC = FeatureSpec(
     slug="test-final",
@@ -61,14 +67,23 @@ def opened(root: Path, spec: FeatureSpec = SPEC) -> Store:
 
 
 def add(store: Store, numbers: Iterable[int], peak: float = 1.0) -> str:
-    """Add one part, whatever the store holds, and return its name."""
-    before = set(store.place.part_names())
-    writer = Store(store.path).writer()
-    writer._known = lambda key: False  # as a writer that does not see the others' parts
-    with writer:
+    """Add one part, whatever the store holds, and return its name; nothing if it is there."""
+    place = LocalPlace(store.path)
+    published: list[str] = []
+    real = place.publish
+
+    def publish(folder: Path, part: str) -> bool:
+        new = real(folder, part)
+        if new:
+            published.append(part)
+        return new
+
+    place.publish = publish  # type: ignore[method-assign]
+    # As a writer that does not see the others' parts.
+    with PartWriter(place, SPEC, store.fingerprint, lambda key: False, lambda: None) as writer:
         for number in numbers:
             writer.add(key(number), 320 * number, arrays(number, peak))
-    return next(iter(set(store.place.part_names()) - before), "")
+    return published[0] if published else ""
 
 
 def age(store: Store, part: str, modified: float) -> None:
@@ -340,6 +355,103 @@ def test_a_damaged_store_is_left_alone(tmp_path):
     gc = plan(Cache(tmp_path), older_than_s=-1e6)
     assert {step.store for step in gc.steps} == {opened(tmp_path, OTHER).name}
     assert f"{store.name} is left as it is" in gc.notes[0]
+
+
+def test_a_damaged_store_can_be_dropped_as_a_whole(tmp_path):
+    store = opened(tmp_path)
+    name = add(store, [1])
+    add(store, [2])
+    (store.path / "parts" / name / "zarr.json").write_text("{")
+    report = run(plan(Cache(tmp_path), extractors=["test"]))
+    assert report.stores_dropped == 1
+    assert report.bytes_freed > 1000
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_merge_whose_result_is_there_already_goes_on_with_the_next(tmp_path):
+    """Its name follows from its content; its rank, below that of a source, does not."""
+    store = opened(tmp_path)
+    first = add(store, [1, 2])
+    age(store, first, 1000.0)
+    alone = Store(store.path).readers()[0]
+    copies = [
+        Stored(
+            bytes(alone.keys()[row]),
+            int(alone.input_length()[row]),
+            {
+                o.name: alone.frames(o.name, *alone.offsets(o.name)[row : row + 2])
+                for o in SPEC.outputs
+            },
+            {"final": alone.pooled("final")[row]},
+        )
+        for row in range(2)
+    ]
+    (low,) = rewrite(store.place, SPEC, store.fingerprint, copies, generation=1)
+    (high,) = rewrite(store.place, SPEC, store.fingerprint, copies[:1], generation=7)
+    (store.path / "parts" / first).rename(tmp_path / "spare")
+    age(store, high, 1000.0)
+    age(store, low, 2000.0)
+    before = content(tmp_path)
+    assert actions(plan(Cache(tmp_path))) == ["merge parts"]
+    for _ in range(2):
+        collected(tmp_path)
+        assert content(tmp_path) == before
+    assert store.place.part_names() == [low]
+    assert plan(Cache(tmp_path)).steps == ()
+
+
+def test_many_at_once_lose_nothing(tmp_path):
+    """Two processes that tidy, one that writes, one that reads."""
+    store = opened(tmp_path)
+    for first in range(6):
+        add(store, [first, first + 1, 10 + first])
+    (staging.temporary_folder(store.path) / "kept").mkdir(parents=True)
+    before = content(tmp_path)
+    errors: list[BaseException] = []
+    wrote: set[int] = set()
+    done = threading.Event()
+
+    def guarded(work: Callable[[], None]) -> Callable[[], None]:
+        def guarded_work() -> None:
+            try:
+                while not done.is_set():
+                    work()
+            except BaseException as error:
+                errors.append(error)
+                done.set()
+
+        return guarded_work
+
+    def tidy() -> None:
+        run(plan(Cache(tmp_path)))
+
+    def write() -> None:
+        number = 100 + len(wrote)
+        add(store, [number, number % 7])
+        wrote.add(number)
+        if len(wrote) == 25:
+            done.set()
+
+    def read() -> None:
+        its = opened(tmp_path)
+        # Said, not wrong: here the whole store is rewritten all the time.
+        with suppress(PartGoneError, MissingFeatureError):
+            for number in range(7):
+                assert its.frames(key(number), "final").tobytes() == before[key(number)][1]
+
+    threads = [threading.Thread(target=guarded(work)) for work in (tidy, tidy, write, read)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    (staging.temporary_folder(store.path) / "kept").rmdir()
+    while [step for step in plan(Cache(tmp_path)).steps if step.action != "sweep"]:
+        collected(tmp_path)
+    after = content(tmp_path)
+    assert after.keys() == before.keys() | {key(number) for number in wrote}
+    assert before.items() <= after.items()
+    assert len(store.place.part_names()) == 1
 
 
 def test_a_plan_that_was_overtaken_does_no_harm(tmp_path):
