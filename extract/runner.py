@@ -133,8 +133,11 @@ class Runner:
 
 
 def _to_numpy(row: Tensor) -> np.ndarray:
-    """Return floats as float32: what the writer rounds from."""
-    return (row.float() if row.is_floating_point() else row).cpu().numpy()
+    """Return floats as the writer takes them: float16 as it is, all others as float32."""
+    import torch
+
+    widen = row.is_floating_point() and row.dtype != torch.float16
+    return (row.float() if widen else row).cpu().numpy()
 
 
 def _join(parts: Sequence[Arrays | Exception]) -> Arrays | Exception:
