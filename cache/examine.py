@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from typing import Any, cast
 
 import google_crc32c
@@ -21,12 +21,31 @@ import xxhash
 
 from mer.cache import layout
 from mer.cache.errors import DamagedStoreError, StoreError, StoreFormatError
+from mer.cache.expected import (
+    INPUT_LENGTH_FILE,
+    KEY_FILE,
+    POOLED_FILE,
+    array_files,
+    documents,
+    offsets_file,
+    shard_index,
+    told_outputs,
+)
 from mer.cache.identity import FINGERPRINT_IN_NAME, KEY_BYTES
 from mer.cache.layout import FileRecord
+from mer.cache.mend import (
+    crc32c,
+    crc32c_bytes,
+    shard_blocks,
+    trailer,
+    with_right_byte,
+    with_trailer,
+    xxh3,
+)
 from mer.cache.raw import BLOCK_BYTES, Listing, Raw
 from mer.cache.reader import ShardLayout
 from mer.cache.snapshot import Snapshot
-from mer.cache.spec import Kind, OutputSpec
+from mer.cache.spec import OutputSpec
 from mer.cache.staging import Buffer
 
 _MENDABLE_BYTES = 64 << 20  # larger arrays are not searched for a damaged byte
@@ -262,12 +281,12 @@ class _Examiner:
             for name, file in manifest["files"].items()
         }
         fields = manifest["outputs"]
-        into.outputs = self._facts.outputs or _told_outputs(fields, into.records, count)
+        into.outputs = self._facts.outputs or told_outputs(fields, into.records, count)
         if set(fields) != {output.name for output in into.outputs}:
             raise ValueError(f"outputs {sorted(fields)}")
         for output in into.outputs:
             into.shards[output.name] = ShardLayout(output, fields[output.name], into.records)
-        self._documents = _documents(count, into.outputs, into.shards)
+        self._documents = documents(count, into.outputs, into.shards)
         listed = {*self._documents, *self._array_files(), *self._shard_files()}
         if not listed <= set(into.records):
             raise ValueError(f"{min(listed - set(into.records))} is not listed")
@@ -302,8 +321,8 @@ class _Examiner:
             data = self._raw.read(f"{self._folder}/{file}")
         except (OSError, StoreError):
             data = np.empty(0, np.uint8)
-        if len(data) % KEY_BYTES != layout.CRC_BYTES or _crc(data[:-4]) != _trailer(data):
-            known = self._remember(_KEY_FILE)
+        if len(data) % KEY_BYTES != layout.CRC_BYTES or crc32c(data[:-4]) != trailer(data):
+            known = self._remember(KEY_FILE)
             if known is None:
                 return
             data = np.frombuffer(known, np.uint8)
@@ -326,11 +345,11 @@ class _Examiner:
             lost = None
             if mend is None and file not in self._documents:
                 lost = np.ones(self._count, bool)
-                if file == _KEY_FILE:
+                if file == KEY_FILE:
                     reason += f", and the keys of its {self._count} utterances are lost with it"
             into.faults.append(Fault(file, reason, lost, mend))
             data = None if mend is None else np.frombuffer(b"".join(_bytes(mend())), np.uint8)
-        if data is not None and file in arrays and not file.endswith(_POOLED_FILE):
+        if data is not None and file in arrays and not file.endswith(POOLED_FILE):
             shape, dtype = arrays[file]
             into.arrays[file] = data[: -layout.CRC_BYTES].view(layout.little(dtype)).reshape(shape)
 
@@ -363,8 +382,8 @@ class _Examiner:
             candidates.append(partial(self._twin, file, record))
             candidates.append(partial(self._remember, file))
             if data is not None and record.bytes <= _MENDABLE_BYTES:
-                candidates.append(partial(_with_trailer, data, record.bytes))
-                candidates.append(partial(_with_right_byte, data, record))
+                candidates.append(partial(with_trailer, data, record.bytes))
+                candidates.append(partial(with_right_byte, data, record))
         for candidate in candidates:
             content = candidate()
             if content is not None and xxh3(content) == record.xxh3:
@@ -393,9 +412,9 @@ class _Examiner:
             return None
         rows = slice(int(snapshot.first_row[number]), int(snapshot.first_row[number + 1]))
         try:
-            if file == _KEY_FILE:
+            if file == KEY_FILE:
                 values = snapshot.keys[rows]
-            elif file == _INPUT_LENGTH_FILE:
+            elif file == INPUT_LENGTH_FILE:
                 values = snapshot.input_length[rows]
             elif file in (names := {offsets_file(o.name): o.name for o in self._into.outputs}):
                 starts, lengths = snapshot.spans(names[file])
@@ -405,22 +424,22 @@ class _Examiner:
         except (ValueError, KeyError, IndexError):  # it is damaged as well
             return None
         body = values.tobytes()
-        return body + _crc_bytes(body)
+        return body + crc32c_bytes(body)
 
     # What the arrays say together --------------------------------------------------------------
 
     def _contents(self, arrays: Mapping[str, tuple[tuple[int, ...], str]]) -> None:
         into = self._into
-        keys = into.arrays.get(_KEY_FILE)
+        keys = into.arrays.get(KEY_FILE)
         if keys is not None:
             into.keys = keys
             distinct = len(np.unique(keys, axis=0))
             if distinct != len(keys):
                 into.notes.append(f"holds {len(keys) - distinct} utterances twice")
         self._name(keys)
-        lengths = into.arrays.get(_INPUT_LENGTH_FILE)
+        lengths = into.arrays.get(INPUT_LENGTH_FILE)
         if lengths is not None and (lengths < 0).any():
-            into.faults.append(Fault(_INPUT_LENGTH_FILE, "holds a negative length", lengths < 0))
+            into.faults.append(Fault(INPUT_LENGTH_FILE, "holds a negative length", lengths < 0))
         everyone = np.ones(self._count, bool)
         for output in into.outputs:
             file = offsets_file(output.name)
@@ -481,7 +500,7 @@ class _Examiner:
             digest.update(block.data)
             for start in range(0, len(block) - size + 1, size):
                 sums[chunk] = google_crc32c.value(block[start : start + data_bytes])
-                trailers[chunk] = _trailer(block[start : start + size])
+                trailers[chunk] = trailer(block[start : start + size])
                 chunk += 1
             read += len(block)
             self._progress(len(block))
@@ -512,7 +531,7 @@ class _Examiner:
         whole = not failed and digest.hexdigest() == record.xxh3 and read == record.bytes
         expected = trailers if shard.crcs is None else shard.crcs.astype(np.int64)
         bad_data = (sums != expected) | (sums < 0)
-        bad_index = index.tobytes() != _index(shard)
+        bad_index = index.tobytes() != shard_index(shard)
         if whole and not bad_data.any() and not bad_index and (trailers == expected).all():
             return None
         bad = bad_data | (trailers != expected)
@@ -536,7 +555,7 @@ class _Examiner:
         """Return how to make a shard anew if all its frames are there."""
         if shard.crcs is not None and scan.bad_data[:-1].any():
             return None
-        mend = partial(_shard_blocks, self._raw, f"{self._folder}/{shard.file}", shard)
+        mend = partial(shard_blocks, self._raw, f"{self._folder}/{shard.file}", shard)
         digest, size = xxhash.xxh3_128(), 0
         try:
             for block in mend():
@@ -575,41 +594,6 @@ class _Scan:
     bad_data: np.ndarray  # (num_chunks,) bool: frames that are lost
 
 
-_KEY_FILE = f"{layout.KEY}/{layout.chunk_file(2)}"
-_INPUT_LENGTH_FILE = f"{layout.INPUT_LENGTH}/{layout.chunk_file(1)}"
-_POOLED_FILE = f"/{layout.POOLED}/{layout.chunk_file(3)}"
-
-
-def xxh3(data: np.ndarray | bytes) -> str:
-    """Return the xxh3-128 (hex) of contiguous data."""
-    return xxhash.xxh3_128_hexdigest(memoryview(cast(Any, data)))
-
-
-def offsets_file(output: str) -> str:
-    """Return the file of an output's row bounds."""
-    return f"{output}/{layout.OFFSETS}/{layout.chunk_file(1)}"
-
-
-def pooled_file(output: str) -> str:
-    """Return the file of an output's pooled statistics."""
-    return f"{output}{_POOLED_FILE}"
-
-
-def array_files(
-    count: int, outputs: tuple[OutputSpec, ...]
-) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Return shape and type of the arrays of U utterances that lie in one chunk, by file."""
-    files: dict[str, tuple[tuple[int, ...], str]] = {
-        _KEY_FILE: ((count, KEY_BYTES), "uint8"),
-        _INPUT_LENGTH_FILE: ((count,), "int64"),
-    }
-    for output in outputs:
-        files[offsets_file(output.name)] = ((count + 1,), "int64")
-        if output.kind == "frames":
-            files[pooled_file(output.name)] = ((count, 2, output.dim), "float32")
-    return files
-
-
 def newer_format(data: bytes) -> int | None:
     """Return the version of sealed metadata that a later release wrote, None if it is damaged."""
     try:
@@ -631,137 +615,6 @@ def respelled(data: bytes, mer: Mapping[str, Any]) -> bytes | None:
     return None if text == data else text
 
 
-def _told_outputs(
-    fields: Mapping[str, Any], records: Mapping[str, FileRecord], count: int
-) -> tuple[OutputSpec, ...]:
-    """Return outputs as far as a manifest alone tells them."""
-    outputs = []
-    for name, its in fields.items():
-        frames, rows, dtype = int(its["frames"]), int(its["chunk_frames"]), str(its["dtype"])
-        pooled = records.get(pooled_file(name))
-        kind: Kind = "pooled" if dtype in layout.FLOAT_DTYPES else "codes"
-        dim = 1
-        if pooled is not None:
-            kind = "frames"
-            dim = (pooled.bytes - layout.CRC_BYTES) // (count * 2 * 4)
-        elif frames:
-            shard = records[f"{name}/{layout.FRAMES}/{layout.chunk_file(2)}"].bytes
-            chunk = (shard - layout.CRC_BYTES) // -(-frames // rows) - layout.INDEX_ENTRY_BYTES
-            dim = (chunk - layout.CRC_BYTES) // (rows * np.dtype(dtype).itemsize)
-        outputs.append(OutputSpec(name=name, dim=dim, rate_hz=None, dtype=dtype, kind=kind))
-    return tuple(outputs)
-
-
-def _documents(
-    count: int, outputs: tuple[OutputSpec, ...], shards: Mapping[str, ShardLayout]
-) -> dict[str, dict[str, Any]]:
-    """Return the Zarr metadata that follows from a manifest, by file."""
-    arrays = {
-        layout.KEY: layout.array_document((count, KEY_BYTES), "uint8"),
-        layout.INPUT_LENGTH: layout.array_document((count,), "int64"),
-    }
-    for output in outputs:
-        name, shard = output.name, shards[output.name]
-        frames = shard.num_frames, output.dim, shard.dtype.name, shard.rows
-        arrays[name] = layout.group_document()
-        arrays[f"{name}/{layout.FRAMES}"] = layout.frames_document(*frames)
-        arrays[f"{name}/{layout.OFFSETS}"] = layout.array_document((count + 1,), "int64")
-        if output.kind == "frames":
-            shape = (count, 2, output.dim)
-            arrays[f"{name}/{layout.POOLED}"] = layout.array_document(shape, "float32")
-    return {f"{name}/{layout.METADATA}": document for name, document in arrays.items()}
-
-
-def _index(shard: ShardLayout) -> bytes:
-    """Return the index of a shard, which follows from its layout."""
-    entries = np.empty((shard.num_chunks, 2), "<u8")
-    entries[:, 0] = np.arange(shard.num_chunks, dtype=np.uint64) * np.uint64(shard.chunk_bytes)
-    entries[:, 1] = shard.chunk_bytes
-    return entries.tobytes() + _crc_bytes(entries.tobytes())
-
-
-def _shard_blocks(raw: Raw, path: str, shard: ShardLayout) -> Iterator[Buffer]:
-    """Yield a shard with everything made anew that follows from its frames."""
-    size, count = shard.chunk_bytes, shard.num_chunks
-    chunk = 0
-    for block in raw.blocks(path, count * size, max(1, BLOCK_BYTES // size) * size):
-        for start in range(0, len(block), size):
-            data = block[start : start + shard.data_bytes]
-            expected = None if shard.crcs is None else int(shard.crcs[chunk])
-            if chunk == count - 1 and _crc(data) != expected:
-                data = _padded(data, shard)
-            yield data
-            yield _crc_bytes(data)
-            chunk += 1
-    yield _index(shard)
-
-
-def _padded(data: np.ndarray, shard: ShardLayout) -> np.ndarray:
-    """Return the last chunk of a shard with the fill value behind its last frame."""
-    real = shard.num_frames - (shard.num_chunks - 1) * shard.rows
-    row = shard.dim * shard.dtype.itemsize
-    out = np.full((shard.rows, shard.dim), np.nan if shard.dtype.kind == "f" else 0, shard.dtype)
-    whole = out.view(np.uint8).reshape(-1)
-    have = data[: real * row]
-    whole[: len(have)] = have
-    whole.flags.writeable = False
-    return whole
-
-
-def _with_trailer(data: np.ndarray, num_bytes: int) -> bytes | None:
-    """Return an array with its checksum made anew, what is behind it cut off."""
-    if len(data) < num_bytes - layout.CRC_BYTES:
-        return None
-    body = data[: num_bytes - layout.CRC_BYTES].tobytes()
-    return body + _crc_bytes(body)
-
-
-def _with_right_byte(data: np.ndarray, record: FileRecord) -> bytes | None:
-    """Return an array with the one byte put right that explains its checksum, if there is one."""
-    if len(data) != record.bytes:
-        return None
-    body = data[: -layout.CRC_BYTES]
-    for at, change in single_byte_errors(_crc(body) ^ _trailer(data), len(body)):
-        mended = data.copy()
-        mended[at] ^= change
-        content = mended.tobytes()
-        if xxh3(content) == record.xxh3:
-            return content
-    return None
-
-
-def single_byte_errors(syndrome: int, length: int) -> Iterator[tuple[int, int]]:
-    """Yield every (position, change) of one byte that turns a crc32c by ``syndrome``.
-
-    A change of one byte enters the register as an entry of the table and is then shifted by every
-    byte behind it. So the register is run backwards from the end until it is such an entry.
-    """
-    table, backwards = _crc_tables()
-    changes = {entry: byte for byte, entry in enumerate(table) if byte}
-    register = syndrome
-    for at in range(length - 1, -1, -1):
-        change = changes.get(register)
-        if change is not None:
-            yield at, change
-        byte = backwards[register >> 24]
-        register = (((register ^ table[byte]) << 8) & 0xFFFF_FFFF) | byte
-
-
-@cache
-def _crc_tables() -> tuple[list[int], list[int]]:
-    """Return the byte-wise table of crc32c, and which entry has a given highest byte."""
-    table = []
-    for byte in range(256):
-        register = byte
-        for _ in range(8):
-            register = (register >> 1) ^ (0x82F6_3B78 if register & 1 else 0)
-        table.append(register)
-    backwards = [0] * 256
-    for byte, entry in enumerate(table):
-        backwards[entry >> 24] = byte
-    return table, backwards
-
-
 def _ranges(bad: np.ndarray) -> str:
     """Return numbers of chunks for people: ``chunks 3, 5-7``."""
     at = np.flatnonzero(bad)
@@ -774,15 +627,3 @@ def _ranges(bad: np.ndarray) -> str:
 def _bytes(blocks: Iterator[Buffer]) -> Iterator[bytes]:
     for block in blocks:
         yield bytes(block)
-
-
-def _crc(data: np.ndarray) -> int:
-    return int(google_crc32c.value(data.tobytes() if data.flags.writeable else data))
-
-
-def _crc_bytes(data: np.ndarray | bytes) -> bytes:
-    return int(google_crc32c.value(data)).to_bytes(layout.CRC_BYTES, "little")
-
-
-def _trailer(data: np.ndarray) -> int:
-    return int.from_bytes(data[-layout.CRC_BYTES :].tobytes(), "little")

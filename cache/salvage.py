@@ -9,7 +9,9 @@ import numpy as np
 
 from mer.cache import layout
 from mer.cache.errors import DamagedStoreError
-from mer.cache.examine import Examination, array_files, offsets_file, pooled_file, xxh3
+from mer.cache.examine import Examination
+from mer.cache.expected import INPUT_LENGTH_FILE, array_files, offsets_file, pooled_file
+from mer.cache.mend import xxh3
 from mer.cache.raw import Raw
 from mer.cache.rewrite import Stored
 
@@ -46,7 +48,7 @@ class Salvage:
         part = self._part
         arrays = {output.name: self._frames(output.name, row) for output in part.outputs}
         pooled = {name: values[row] for name, values in self._pooled.items()}
-        length = int(part.arrays[f"{layout.INPUT_LENGTH}/{layout.chunk_file(1)}"][row])
+        length = int(part.arrays[INPUT_LENGTH_FILE][row])
         return Stored(part.keys[row].tobytes(), length, arrays, pooled)
 
     @cached_property

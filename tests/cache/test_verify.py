@@ -15,8 +15,8 @@ import pytest
 
 from mer.cache import layout, reader, staging
 from mer.cache.errors import StoreError
-from mer.cache.examine import single_byte_errors
 from mer.cache.home import Cache
+from mer.cache.mend import single_byte_errors
 from mer.cache.spec import FeatureSpec, OutputSpec
 from mer.cache.store import Store
 from mer.cache.verify import Corruption, VerifyReport, total_bytes, verify
