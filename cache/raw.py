@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import numpy as np
 
 from mer.cache import layout
-from mer.cache.reader import is_part_name
+from mer.cache.reader import forget_map, is_part_name
 from mer.cache.staging import Buffer, quarantine_folder, staged, write_file, writing
 
 if TYPE_CHECKING:
@@ -216,6 +216,7 @@ class LocalRaw:
             _sync(temporary)
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(temporary, target)
+            forget_map(str(target))
             _sync(target.parent)
 
     def set_aside(self, file: str) -> str:

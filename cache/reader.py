@@ -494,6 +494,11 @@ class MapPool:
                 self._maps.popitem(last=False)
         return array
 
+    def drop(self, path: str) -> None:
+        """Forget the map of a file that another has taken the place of."""
+        with self._lock:
+            self._maps.pop(path, None)
+
     def __len__(self) -> int:
         return len(self._maps)
 
@@ -529,6 +534,7 @@ def _map_limit() -> int:
 
 
 _pool = MapPool(_map_limit())
+forget_map = _pool.drop
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pool.forget_lock)
 

@@ -97,10 +97,10 @@ def temporary_folder(store: Path) -> Path:
 def _make_folder(parent: Path) -> Path:
     for _ in range(100):
         folder = parent / f"{_owner()}-{uuid.uuid4().hex[:16]}"
-        parent.mkdir(parents=True, exist_ok=True)
         try:
+            parent.mkdir(parents=True, exist_ok=True)
             folder.mkdir()
-        except FileNotFoundError:  # another writer left and removed the empty parent in between
+        except (FileExistsError, FileNotFoundError):  # others remove the empty parent meanwhile
             continue
         return folder
     raise StoreError(f"Cannot create a folder in {parent}: it keeps disappearing.")

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 _Result = TypeVar("_Result")
 _SAVE_AFTER = 32  # manifests read: from there on opening takes long enough to keep a snapshot
 
+_TRIES = 10  # while others merge parts all the time
 _refreshing = threading.Lock()  # so that an older listing never replaces a newer one
 
 
@@ -235,12 +236,16 @@ class Store:
         with _refreshing:
             self._stale = False  # before looking: what is committed meanwhile is found next time
             try:
-                self._refresh()
+                # A part that is gone was merged into one that the list does not have yet.
+                for _ in range(_TRIES):
+                    if self._refresh():
+                        break
             except BaseException:
                 self._stale = True
                 raise
 
-    def _refresh(self) -> None:
+    def _refresh(self) -> bool:
+        """Look once; False if a part has disappeared between listing and reading it."""
         names = self.place.part_names()
         signed = self.place.signatures(names)
         # A place without signatures never changes a part.
@@ -254,7 +259,7 @@ class Store:
             if name in known and self._signatures.get(name) == signatures[name]
         }
         if self._seen is not None and list(parts) == names == list(known):
-            return
+            return True
         if self._seen is None:
             self._kept = self._read_snapshot()
         kept, outputs, store = self._kept, self.spec.outputs, self.fingerprint
@@ -278,6 +283,7 @@ class Store:
         self._signatures = signatures
         if len(parts.keys() - self._saved) >= _SAVE_AFTER and len(parts) == len(names):
             self._save_snapshot(self._seen, signed)
+        return len(parts) == len(names)
 
     def _read_snapshot(self) -> snapshot.Snapshot | None:
         path = self.place.index_path()
@@ -306,11 +312,12 @@ class Store:
 
     def _reading(self, read: Callable[[Listing], _Result]) -> _Result:
         """Read; if a part has been merged into another meanwhile, look again and read there."""
-        try:
-            return read(self.listing)
-        except PartGoneError:
-            self.refresh()
-            return read(self.listing)
+        for _ in range(_TRIES):
+            try:
+                return read(self.listing)
+            except PartGoneError:
+                self.refresh()
+        return read(self.listing)
 
     def parts(self) -> tuple[PartInfo, ...]:
         """Return the parts in their order."""
