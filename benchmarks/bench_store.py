@@ -33,7 +33,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,8 @@ COLD = ["cold f16 32", "cold scan", "cold latency"]
 PACKAGES = ["numpy", "torch", "zarr", "h5py", "pyarrow", "safetensors", "lhotse", "datasets"]
 COLD_BATCHES = 4
 COLD_SINGLES = 60
+COLD_SCANNED = 500
+COLD_ROUNDS = 3  # at most; a cold round takes far longer than a warm one
 GROUP = 16  # single utterances in a row before it is the next one's turn
 PACE_S = 0.5  # a peer gets as many utterances per measurement as it reads in this time
 TARGET = 0.95
@@ -130,7 +132,6 @@ class Bench:
             "float16": torch.zeros(size, dtype=torch.float16),
             "float32": torch.zeros(size, dtype=torch.float32),
         }
-        self.mebibytes = data.path.stat().st_size / 2**20
         self.rng = np.random.default_rng(seed)
         self.folder = folder
         self.kinds: dict[str, type[Peer]] = {"memmap": Memmap, "mer": Mer}
@@ -160,12 +161,11 @@ class Bench:
         results: dict[str, dict[str, float]] = {name: {} for name in COLD}
         rows = self.rows(min(len(self.data), COLD_BATCHES * 32))
         singles = self.rows(min(len(self.data), COLD_SINGLES))
-        everything = len(self.data)
+        scanned = min(len(self.data), COLD_SCANNED)
+        share = self.data.offsets[scanned] * self.data.dim * 2 / 2**20
         jobs: dict[str, Callable[[Peer], list[float]]] = {
             "cold f16 32": lambda peer: [_opening(peer) + sum(self._batches(peer, rows))],
-            "cold scan": lambda peer: [
-                _opening(peer) / self.mebibytes + _scanning(peer, everything)
-            ],
+            "cold scan": lambda peer: [_opening(peer) / share + _scanning(peer, scanned)],
             "cold latency": lambda peer: [_opening(peer), *_one_by_one(peer, singles)][1:],
         }
         for number, (measurement, job) in enumerate(jobs.items()):
@@ -323,7 +323,7 @@ def measure(folder: Path, name: str, rounds: int, cold: bool, seed: int) -> dict
         "files": files,
         "bytes": num_bytes,
     }
-    result["cold"] = [bench.cold_round() for _ in range(rounds)] if cold else []
+    result["cold"] = [bench.cold_round() for _ in range(min(rounds, COLD_ROUNDS) * cold)]
     bench.warm_up()
     bench.warm_round()
     result["warm"] = [bench.warm_round() for _ in range(rounds)]
@@ -354,8 +354,8 @@ def summarise(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, f
     pooled = {"memmap": both, "mer": both}
     for name, result in results.items():
         if "warm" in result:
-            cold = result["cold"] or [{}] * len(result["warm"])
-            rounds = [{**w, **c} for w, c in zip(result["warm"], cold, strict=True)]
+            pairs = zip_longest(result["warm"], result["cold"], fillvalue={})
+            rounds = [{**warm, **cold} for warm, cold in pairs]
             both += rounds
             if name != "mer":
                 pooled[name] = rounds
@@ -509,7 +509,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--utterances", type=int, help="number of utterances (2000)")
     parser.add_argument("--frames", type=int, help="mean frames per utterance (250)")
     parser.add_argument("--dim", type=int, help="width of a frame (1024)")
-    parser.add_argument("--rounds", type=int, help="measurements of each kind (7)")
+    parser.add_argument("--rounds", type=int, help="measurements of each kind (5)")
     parser.add_argument("--peers", help="comma-separated names; all by default: " + " ".join(KINDS))
     parser.add_argument("--peer-python", default=sys.executable, help="interpreter with the peers")
     parser.add_argument("--no-cold", dest="cold", action="store_false", help="warm only")
@@ -519,7 +519,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--child", choices=KINDS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     sizes = {"utterances": 300, "frames": 120, "dim": 256, "rounds": 2} if options.small else {}
-    for key, value in {"utterances": 2000, "frames": 250, "dim": 1024, "rounds": 7}.items():
+    for key, value in {"utterances": 2000, "frames": 250, "dim": 1024, "rounds": 5}.items():
         if getattr(options, key) is None:
             setattr(options, key, sizes.get(key, value))
     return options
