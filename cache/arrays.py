@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
+from mer.cache.casting import copy_into, read_dtype
 from mer.cache.errors import MissingDependencyError
 from mer.cache.spec import OutputSpec
 
@@ -13,47 +16,55 @@ if TYPE_CHECKING:
     import dask.array
     import xarray
 
-    from mer.cache.reader import PartReader
     from mer.cache.store import Store
 
 
-def flat_frames(store: Store, output: OutputSpec) -> dask.array.Array:
+def flat_frames(
+    store: Store, output: OutputSpec, dtype: DTypeLike | None = None
+) -> dask.array.Array:
     """See ``Store.dask``."""
     import dask.array
     from dask.delayed import delayed
 
     make: Any = dask.array  # not typed
-    seen = store.listing
-    starts, lengths = seen.spans(output.name)
-    numbers = seen.part_of_row[seen.rows]
-    used = np.unique(numbers).tolist()
-    dtypes = [seen.parts[number].dtype(output.name) for number in used]
-    dtype = np.result_type(*dtypes) if dtypes else np.dtype(output.dtype)
+    kind = read_dtype(output) if dtype is None else np.dtype(dtype)
+    seen, rows = store.all_rows()
+    lengths = seen.spans(output.name)[1]
+    numbers = seen.part_of_row[rows]
     read = delayed(_read, pure=False, traverse=False)
     arrays = []
-    for number in used:
-        rows = seen.rows[numbers == number]
-        count = int(lengths[rows].sum())
-        block = read(seen.parts[number], output.name, starts[rows], lengths[rows], dtype)
-        arrays.append(make.from_delayed(block, (count, output.dim), dtype))
+    for number in np.unique(numbers).tolist():
+        mine = rows[numbers == number]
+        count = int(lengths[mine].sum())
+        block = read(store, output.name, seen.keys_of(mine), count, kind)
+        arrays.append(make.from_delayed(block, (count, output.dim), kind))
     if not arrays:
-        return make.empty((0, output.dim), dtype=dtype)
+        return make.empty((0, output.dim), dtype=kind)
     return make.concatenate(arrays)
 
 
-def _read(
-    part: PartReader, output: str, starts: np.ndarray, lengths: np.ndarray, dtype: np.dtype
-) -> np.ndarray:
-    """Return the frames of some utterances of a part behind each other, (F, D)."""
-    whole = int(lengths.sum())
-    if whole == part.num_frames(output):
-        return part.frames(output, 0, whole).astype(dtype, copy=False)
-    spans = zip(starts.tolist(), lengths.tolist(), strict=True)
-    frames = [part.frames(output, start, start + length) for start, length in spans]
-    return np.concatenate(frames).astype(dtype, copy=False)
+@lru_cache(maxsize=8)
+def _opened(url: str) -> Store:
+    """Return a store opened once per process: tasks carry its URL alone."""
+    from mer.cache.store import Store
+
+    return Store(url)
 
 
-def labelled_frames(store: Store, output: OutputSpec) -> xarray.DataArray:
+def _read(store: Store, output: str, keys: list[bytes], count: int, dtype: np.dtype) -> np.ndarray:
+    """Return the frames of some utterances behind each other, (count, D)."""
+    store = _opened(store.url)
+    out = np.empty((count, store.output(output).dim), dtype)
+    stops = np.cumsum(store.num_frames(keys, output)).tolist()
+    stop_of = dict(zip(keys, stops, strict=True))  # a merge meanwhile may have changed the order
+    for key, frames in store.scan(output, keys):
+        copy_into(out[stop_of[key] - len(frames) : stop_of[key]], frames)
+    return out
+
+
+def labelled_frames(
+    store: Store, output: OutputSpec, dtype: DTypeLike | None = None
+) -> xarray.DataArray:
     """See ``Store.xarray``."""
     try:
         import xarray
@@ -62,14 +73,14 @@ def labelled_frames(store: Store, output: OutputSpec) -> xarray.DataArray:
             "xarray is not installed: pip install 'mer[tables]'."
         ) from error
 
-    seen = store.listing
-    lengths = seen.spans(output.name)[1][seen.rows]
+    seen, rows = store.all_rows()
+    lengths = seen.spans(output.name)[1][rows]
     utterance = np.repeat(np.arange(len(lengths)), lengths)
     coords: dict[str, object] = {"utterance": ("frame", utterance)}
     if output.columns is not None:
         coords["feature"] = list(output.columns)
     return xarray.DataArray(
-        flat_frames(store, output),
+        flat_frames(store, output, dtype),
         dims=("frame", "feature"),
         coords=coords,
         name=output.name,

@@ -6,11 +6,34 @@ both at 9 GB/s a core with the same bits. Nothing here loads it.
 
 from __future__ import annotations
 
+import os
 import sys
 
 import numpy as np
 
+from mer.cache.spec import OutputSpec
+
 _WORTH_TORCH = 1024  # elements: below, the call costs more than the copy
+_ONE_THREAD = 32_767  # elements that torch copies in the calling thread
+
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def read_dtype(output: OutputSpec) -> np.dtype:
+    """Return the type in which an output is read where none is asked for.
+
+    float32 for floats: sums over float16 overflow. Codes as they are declared.
+    """
+    return np.dtype(output.dtype if output.kind == "codes" else np.float32)
 
 
 class _Alias:
@@ -44,8 +67,16 @@ def copy_into(out: np.ndarray, frames: np.ndarray) -> None:
     if from_numpy is None or not _both_floats(out, frames):
         with np.errstate(over="ignore"):
             out[...] = frames
-    else:
+    elif not _forked:
         from_numpy(out).copy_(from_numpy(frames))
+    else:  # torch's threads stayed with the parent, and a child that asks for them waits for ever
+        target, source = from_numpy(out), from_numpy(frames)
+        rows = max(1, _ONE_THREAD // max(1, frames[0].size))
+        for at in range(0, len(frames), rows):
+            if frames[0].size <= _ONE_THREAD:
+                target[at : at + rows].copy_(source[at : at + rows])
+            else:
+                out[at] = frames[at]
 
 
 def _both_floats(out: np.ndarray, frames: np.ndarray) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 from mer.cache import layout
 from mer.cache.errors import StoreFormatError, UnknownNameError, UsageError
 from mer.cache.identity import FINGERPRINT_IN_NAME, fingerprint, store_name
-from mer.cache.place import Home, LocalHome, home_at, is_store_name
+from mer.cache.place import Home, LocalHome, home_at, is_store_name, place_at
 from mer.cache.spec import FeatureSpec, OutputSpec
 from mer.cache.store import Store
 
@@ -145,30 +145,36 @@ class Cache:
         return name if name in names else next(iter(names), None)
 
 
-def open_store(url: str | Path) -> Store:
+def open_store(url: str | Path | None = None) -> Store:
     """Return one store by its path or URL.
 
     Parameters
     ----------
-    url : str or Path
-        Of a store, or of a cache that holds exactly one.
+    url : str or Path, optional
+        Of a store, or of a cache that holds exactly one; the default cache if not given.
 
     Raises
     ------
     UsageError
         There is no store, or there are several: their names are listed.
     """
-    text = str(url).rstrip("/") or "/"
-    if is_store_name(text.rsplit("/", 1)[-1]):
-        store = Store(text)
-        store.refresh()
-        return store
-    cache = Cache(text)
+    cache = Cache.from_url(None if url is None else str(url).rstrip("/") or "/")
+    place = place_at(cache.url)
+    if is_store_name(place.name) or (place.path is not None and place.has_metadata()):
+        return _existing(Store(place))
     names = cache.home.names()
     if len(names) != 1:
         listed = f"Open one of them: {', '.join(names)}." if names else "`mer extract` makes them."
         raise UsageError(f"{cache.url} is a cache of {len(names)} stores. {listed}")
-    store = Store(cache.home.place(names[0]))
+    return _existing(Store(cache.home.place(names[0])))
+
+
+def _existing(store: Store) -> Store:
+    if store.place.path is not None and not store.place.path.is_dir():
+        raise UsageError(
+            f"There is no store at {store.url}. `mer cache ls --cache {store.place.path.parent}` "
+            "shows those that are there."
+        )
     store.refresh()
     return store
 

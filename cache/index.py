@@ -16,13 +16,26 @@ def key_array(keys: Sequence[bytes]) -> np.ndarray:
 
     Raises
     ------
+    TypeError
+        A key that is not bytes.
     ValueError
         A key that has not 16 bytes.
     """
-    wrong = set(map(len, keys)) - {KEY_BYTES}
-    if wrong:
-        raise ValueError(f"A key has {wrong.pop()} bytes, expected {KEY_BYTES}.")
+    for key in keys:
+        check_key(key)
     return np.frombuffer(b"".join(keys), np.uint8).reshape(-1, KEY_BYTES)
+
+
+def check_key(key: bytes) -> None:
+    """Raise ``TypeError`` or ``ValueError`` unless ``key`` is 16 bytes."""
+    if not isinstance(key, bytes | bytearray | memoryview):
+        raise TypeError(
+            f"{key!r:.60} is no key: a key is {KEY_BYTES} bytes. "
+            "mer.pipelines.caching.utterance_keys finds those of a data set; "
+            "bytes.fromhex reads one that was printed."
+        )
+    if len(key) != KEY_BYTES:
+        raise ValueError(f"A key has {len(key)} bytes, expected {KEY_BYTES}.")
 
 
 class KeyIndex:
@@ -85,8 +98,7 @@ class KeyIndex:
 
     def find_one(self, key: bytes) -> int:
         """Return the row of one key, -1 if it is not there, ten times faster than ``find``."""
-        if len(key) != KEY_BYTES:
-            raise ValueError(f"A key has {len(key)} bytes, expected {KEY_BYTES}.")
+        check_key(key)
         high, low = int.from_bytes(key[:8], "big"), int.from_bytes(key[8:], "big")
         at = int(self._high.searchsorted(np.uint64(high)))
         while at < len(self._high) and self._high[at] == high:

@@ -215,6 +215,7 @@ def output_to_json(output: OutputSpec) -> dict[str, Any]:
 
 
 def output_from_json(fields: Mapping[str, Any]) -> OutputSpec:
-    """Return what ``output_to_json`` was given."""
+    """Return what ``output_to_json`` was given; what a later release added is ignored."""
+    known = {name: fields[name] for name in OutputSpec.__dataclass_fields__ if name in fields}
     columns = fields.get("columns")
-    return OutputSpec(**{**fields, "columns": None if columns is None else tuple(columns)})
+    return OutputSpec(**{**known, "columns": None if columns is None else tuple(columns)})

@@ -130,6 +130,11 @@ class Listing:
                 pieces.append(known[begin : begin + int(snapshot.utterances[number])])
         return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
 
+    def keys_of(self, rows: np.ndarray) -> list[bytes]:
+        """Return the keys of rows."""
+        data = self.keys[rows].tobytes()
+        return [data[at : at + KEY_BYTES] for at in range(0, len(data), KEY_BYTES)]
+
     def row_in_part(self, rows: np.ndarray) -> np.ndarray:
         """Return rows counted within their part."""
         return rows - self.first_row[self.part_of_row[rows]]

@@ -123,8 +123,10 @@ class LocalPlace:
 
     def __init__(self, path: Path | str) -> None:
         self.path: Path = Path(path).absolute()
-        self.url = str(self.path)
         self.name = self.path.name
+        if self.path.is_symlink():  # parts are born beside the folder itself, to be renamed into it
+            self.path = self.path.resolve()
+        self.url = str(self.path)
 
     def metadata(self) -> bytes:
         """Return the root's ``zarr.json``."""
@@ -213,8 +215,8 @@ class LocalPlace:
         return staged(self.path)
 
     def part_id(self, keys: Iterable[bytes], files: Mapping[str, FileRecord]) -> str:
-        """Return the hash of the keys: a retried task commits the same name."""
-        return layout.part_id(keys)
+        """Return the hash of the content: one name never stands for other bytes."""
+        return layout.content_part_id(files)
 
     def publish(self, folder: Path, part: str) -> bool:
         """Sync and rename."""

@@ -7,6 +7,7 @@ U utterances of the part, F frames, D width. No Zarr library is involved: in the
 
 from __future__ import annotations
 
+import errno
 import math
 import mmap
 import os
@@ -28,6 +29,9 @@ from mer.cache.errors import DamagedStoreError, StoreError
 from mer.cache.identity import KEY_BYTES
 from mer.cache.layout import FileRecord
 from mer.cache.spec import OutputSpec
+
+# A file handle is stale where another client of a network file system has removed the file.
+_NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.ESTALE}
 
 
 class PartGoneError(DamagedStoreError):
@@ -178,6 +182,12 @@ class PartReader:
         self._verified: set[str] = set()
         self.from_snapshot = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what another process may rely on: not what was verified in this one."""
+        kept = ("id", "where", "_at", "_outputs", "_fingerprint")
+        fresh = {"_offsets": {}, "_verified": set(), "from_snapshot": False}
+        return {name: getattr(self, name) for name in kept} | fresh
+
     def preset(self, num_utterances: int, num_bytes: int) -> None:
         """Take over what a snapshot of the store knows; the manifest is still read before data."""
         self.num_utterances, self.num_bytes = num_utterances, num_bytes
@@ -185,7 +195,7 @@ class PartReader:
 
     def load(self) -> None:
         """Read and check the manifest, and that every file it lists is there in its size."""
-        assert self.manifest is not None
+        _ = self.manifest
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
@@ -333,6 +343,9 @@ class PartReader:
 class MappedFiles:
     """The files of a part in a folder, its shards memory-mapped.
 
+    Nothing of ours ever shortens a file. Where something else does so while it is mapped, the
+    system ends the process (SIGBUS): no program can read a map that has lost its file.
+
     Parameters
     ----------
     folder : Path
@@ -343,16 +356,18 @@ class MappedFiles:
         self.where = str(folder)
         self._verified: dict[str, bytearray] = {}  # per shard one flag per inner chunk
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return where the part is: what was verified holds for this process alone."""
+        return {"where": self.where, "_verified": {}}
+
     def manifest(self) -> bytes:
         """Return the part's ``zarr.json``."""
         path = f"{self.where}/{layout.METADATA}"
         try:
             with open(path, "rb", buffering=0) as file:
                 return file.read()
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise self._missing(path, "the part has no manifest") from error
         except OSError as error:
-            raise StoreError(f"Cannot read {path}: {error.strerror}.") from error
+            raise self._error(path, error, "the part has no manifest") from error
 
     def check(self, files: Mapping[str, FileRecord]) -> None:
         """Compare the size of every listed file."""
@@ -360,10 +375,8 @@ class MappedFiles:
             path = f"{self.where}/{name}"
             try:
                 size = os.stat(path).st_size
-            except (FileNotFoundError, NotADirectoryError) as error:
-                raise self._missing(path) from error
             except OSError as error:
-                raise StoreError(f"Cannot read {path}: {error.strerror}.") from error
+                raise self._error(path, error) from error
             if size != record.bytes:
                 raise _other_size(path, size, record.bytes)
 
@@ -373,10 +386,8 @@ class MappedFiles:
         try:
             with open(path, "rb", buffering=0) as source:
                 data = source.read()
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise self._missing(path) from error
         except OSError as error:
-            raise StoreError(f"Cannot read {path}: {error.strerror}.") from error
+            raise self._error(path, error) from error
         if len(data) != num_bytes:
             raise _other_size(path, len(data), num_bytes)
         return np.frombuffer(data, np.uint8)
@@ -388,6 +399,15 @@ class MappedFiles:
     def chunks(self, shard: ShardLayout, first: int, last: int) -> np.ndarray:
         """Return a view of the mapped shard; what is touched for the first time is verified."""
         path = f"{self.where}/{shard.file}"
+        try:
+            return self._chunks(shard, first, last, path)
+        except PartGoneError:
+            raise
+        except DamagedStoreError:  # may have been mended since it was mapped
+            forget_map(path)
+            return self._chunks(shard, first, last, path)
+
+    def _chunks(self, shard: ShardLayout, first: int, last: int, path: str) -> np.ndarray:
         data = self._map(path, shard.file_bytes)
         verified = self._verified.get(shard.file)
         if verified is None:
@@ -419,8 +439,8 @@ class MappedFiles:
     def _map(self, path: str, num_bytes: int) -> np.ndarray:
         try:
             return _pool.get(path, num_bytes)
-        except FileNotFoundError as error:
-            raise self._missing(path) from error
+        except OSError as error:
+            raise self._error(path, error) from error
 
     def _open(self, shard: ShardLayout, data: np.ndarray, path: str) -> bytearray:
         """Check what holds for the shard as a whole."""
@@ -439,7 +459,12 @@ class MappedFiles:
         self._verified[shard.file] = verified
         return verified
 
-    def _missing(self, path: str, why: str = "its part's manifest lists it") -> DamagedStoreError:
+    def _error(
+        self, path: str, error: OSError, why: str = "its part's manifest lists it"
+    ) -> StoreError:
+        """Return what it means that a file cannot be read."""
+        if error.errno not in _NOT_THERE:
+            return StoreError(f"Cannot read {path}: {error.strerror or error}.")
         if not os.path.isdir(self.where):
             return PartGoneError(f"{self.where} is gone since the store was listed.")
         return DamagedStoreError(f"{path} is missing; {why}.")
@@ -477,8 +502,8 @@ class MapPool:
 
         Raises
         ------
-        FileNotFoundError
-            The file is not there.
+        OSError
+            The file is not there, or cannot be mapped.
         DamagedStoreError
             It has another size.
         """
@@ -487,7 +512,14 @@ class MapPool:
             if array is not None:
                 self._maps.move_to_end(path)
                 return array
-        array = _map(path, num_bytes)
+        try:
+            array = _map(path, num_bytes)
+        except OSError as error:
+            if error.errno != errno.EMFILE:
+                raise
+            with self._lock:  # every map holds a descriptor
+                self._maps.clear()
+            array = _map(path, num_bytes)
         with self._lock:
             self._maps[path] = array
             while len(self._maps) > self.limit:
@@ -508,12 +540,7 @@ class MapPool:
 
 
 def _map(path: str, num_bytes: int) -> np.ndarray:
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(path) from None
-    except OSError as error:
-        raise StoreError(f"Cannot read {path}: {error.strerror}.") from error
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         size = os.fstat(descriptor).st_size
         if size != num_bytes:  # a map beyond the end of a file would kill the process

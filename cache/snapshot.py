@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import logging
-import mmap
 import os
 import struct
 from collections.abc import Mapping, Sequence
@@ -130,8 +129,8 @@ class Snapshot:
         P ids in order.
     """
 
-    def __init__(self, data: np.ndarray, header: Mapping[str, Any], begin: int) -> None:
-        self._data, self._header, self._begin = data, header, begin
+    def __init__(self, data: np.ndarray, header: Mapping[str, Any]) -> None:
+        self._data, self._header = data, header
         self.parts: list[str] = [row.tobytes().hex() for row in self.array("part")]
         self.signatures = self.array("signature")
         self.utterances = self.array("utterances")
@@ -146,8 +145,7 @@ class Snapshot:
         """Return an array; ``ValueError`` if it is not what was written."""
         dtype, shape, at, digest = self._header["arrays"][name]
         kind = np.dtype(dtype)
-        begin = self._begin + at
-        data = self._data[begin : begin + int(np.prod(shape)) * kind.itemsize]
+        data = self._data[at : at + int(np.prod(shape)) * kind.itemsize]
         if xxhash.xxh3_128_hexdigest(data.data) != digest:
             raise ValueError(f"array {name!r} does not match its checksum")
         return data.view(kind).reshape(shape)
@@ -196,8 +194,8 @@ def read(path: Path, fingerprint: str, outputs: Sequence[str]) -> Snapshot | Non
                 raise ValueError("it belongs to another store or was cut off")
             if header["spans"].keys() != set(outputs):
                 raise ValueError("its outputs are others")
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return Snapshot(np.frombuffer(mapped, np.uint8), header, begin)
+            data = np.frombuffer(file.read(), np.uint8)
+        return Snapshot(data, header)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, struct.error) as error:

@@ -14,9 +14,11 @@ may be used by several threads, survive ``fork`` and are pickled as their path o
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +28,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from mer.cache import layout, snapshot
-from mer.cache.casting import copy_into
+from mer.cache.casting import copy_into, read_dtype
 from mer.cache.errors import (
     DamagedStoreError,
     MissingFeatureError,
@@ -46,20 +48,22 @@ if TYPE_CHECKING:
     import torch
     import xarray
 
+logger = logging.getLogger(__name__)
+
 _Result = TypeVar("_Result")
 _SAVE_AFTER = 32  # manifests read: from there on opening takes long enough to keep a snapshot
 
 _TRIES = 10  # while others merge parts all the time
-_refreshing = threading.Lock()  # so that an older listing never replaces a newer one
+_stores: weakref.WeakSet[Store] = weakref.WeakSet()
 
 
-def _forget_lock() -> None:
-    global _refreshing
-    _refreshing = threading.Lock()
+def _forget_locks() -> None:
+    for store in _stores:
+        store.forget_lock()
 
 
-if hasattr(os, "register_at_fork"):  # a thread that holds it does not exist in the child
-    os.register_at_fork(after_in_child=_forget_lock)
+if hasattr(os, "register_at_fork"):  # a thread that holds one does not exist in the child
+    os.register_at_fork(after_in_child=_forget_locks)
 
 
 class Batch(NamedTuple):
@@ -168,7 +172,14 @@ class Store:
         self._signatures: dict[str, bytes] = {}
         self._kept: snapshot.Snapshot | None = None
         self._saved: frozenset[str] = frozenset()  # parts that the snapshot on disk knows
-        self._stale = True
+        self._changes = 0  # commits of our own writers
+        self._looked = -1  # how many there were when the list of parts was begun
+        self.forget_lock()
+        _stores.add(self)
+
+    def forget_lock(self) -> None:
+        """Start with a fresh lock: after a fork the old one may be held by a thread left behind."""
+        self._refreshing = threading.RLock()  # so that an older listing never replaces a newer one
 
     def __reduce__(self) -> tuple[type[Store], tuple[str]]:
         return Store, (self.place.url,)
@@ -233,16 +244,15 @@ class Store:
         DamagedStoreError
             A manifest does not hold, or a file it lists is missing or of another size.
         """
-        with _refreshing:
-            self._stale = False  # before looking: what is committed meanwhile is found next time
-            try:
-                # A part that is gone was merged into one that the list does not have yet.
-                for _ in range(_TRIES):
-                    if self._refresh():
-                        break
-            except BaseException:
-                self._stale = True
-                raise
+        with self._refreshing:
+            changes = (
+                self._changes
+            )  # before looking: what is committed meanwhile is found next time
+            # A part that is gone was merged into one that the list does not have yet.
+            for _ in range(_TRIES):
+                if self._refresh():
+                    break
+            self._looked = changes
 
     def _refresh(self) -> bool:
         """Look once; False if a part has disappeared between listing and reading it."""
@@ -295,20 +305,24 @@ class Store:
         path = self.place.index_path()
         if path is None or signed is None:
             return
-        columns = seen.columns(signed, [output.name for output in self.spec.outputs])
+        try:
+            columns = seen.columns(signed, [output.name for output in self.spec.outputs])
+        except StoreError as error:  # of an output that nobody may ask for
+            logger.info("No snapshot of the index is kept: %s", error)
+            return
         snapshot.write(path, self.fingerprint, columns)
         self._saved = frozenset(part.id for part in seen.parts)
 
     @property
     def listing(self) -> Listing:
         """The parts as last seen."""
-        if self._stale or self._seen is None:
+        if self._looked != self._changes or self._seen is None:
             self.refresh()
         assert self._seen is not None
         return self._seen
 
-    def _mark_stale(self) -> None:
-        self._stale = True
+    def _mark_changed(self) -> None:
+        self._changes += 1
 
     def _reading(self, read: Callable[[Listing], _Result]) -> _Result:
         """Read; if a part has been merged into another meanwhile, look again and read there."""
@@ -334,36 +348,59 @@ class Store:
 
     def __len__(self) -> int:
         """Return N."""
-        return len(self.listing.index)
+        return len(self._reading(lambda seen: seen.index))
 
     def __contains__(self, key: bytes) -> bool:
         return self._reading(lambda seen: seen.index).find_one(key) >= 0
 
-    def contains(self, keys: Sequence[bytes]) -> np.ndarray:
+    def contains(self, keys: Iterable[bytes]) -> np.ndarray:
         """Return which keys are stored, (B,) bool."""
-        return self._reading(lambda seen: seen.index).find(key_array(keys)) >= 0
+        return self._reading(lambda seen: seen.index).find(key_array(list(keys))) >= 0
 
     def keys(self) -> list[bytes]:
         """Return the N keys in the order in which they are stored."""
-        keys = self._reading(lambda seen: seen.keys[seen.rows])
-        data = keys.tobytes()
-        return [data[at : at + 16] for at in range(0, len(data), 16)]
+        return self._reading(lambda seen: seen.keys_of(seen.rows))
 
     def __iter__(self) -> Iterator[bytes]:
         return iter(self.keys())
 
-    def num_frames(self, keys: Sequence[bytes], output: str | None = None) -> np.ndarray:
+    def num_frames(self, keys: Iterable[bytes], output: str | None = None) -> np.ndarray:
         """Return T of each key, (B,) int64. Raises like ``frames``."""
-        name = self.output(output).name
-        return self._reading(lambda seen: seen.spans(name)[1][self._rows(seen, keys)])
+        name, wanted = self.output(output).name, list(keys)
+        return self._reading(lambda seen: seen.spans(name)[1][self._rows(seen, wanted)])
 
-    def input_length(self, keys: Sequence[bytes]) -> np.ndarray:
+    def input_length(self, keys: Iterable[bytes]) -> np.ndarray:
         """Return the prepared steps of each key, before padding to a minimum, (B,) int64."""
-        return self._reading(lambda seen: seen.input_length[self._rows(seen, keys)])
+        wanted = list(keys)
+        return self._reading(lambda seen: seen.input_length[self._rows(seen, wanted)])
 
-    def rows(self, keys: Sequence[bytes]) -> np.ndarray:
-        """Return the rows of ``listing`` of each key, (B,) int64. Raises like ``frames``."""
-        return self._rows(self.listing, keys)
+    def all_rows(
+        self, output: str | None = None, keys: Iterable[bytes] | None = None
+    ) -> tuple[Listing, np.ndarray]:
+        """Return what is seen, with all that reading an output needs, and the rows that count.
+
+        Parameters
+        ----------
+        output : str, optional
+            Which output.
+        keys : sequence of bytes, optional
+            Only these, each once.
+
+        Returns
+        -------
+        listing : Listing
+            The parts as seen.
+        rows : ndarray
+            Rows of it in storage order, (B,) int64.
+        """
+        name = self.output(output).name
+        wanted = None if keys is None else list(keys)
+
+        def read(seen: Listing) -> tuple[Listing, np.ndarray]:
+            _ = seen.spans(name), seen.keys
+            return seen, seen.rows if wanted is None else np.unique(self._rows(seen, wanted))
+
+        return self._reading(read)
 
     def _rows(self, seen: Listing, keys: Sequence[bytes]) -> np.ndarray:
         rows = seen.index.find(key_array(keys))
@@ -430,7 +467,7 @@ class Store:
 
         return self._reading(read)
 
-    def pooled(self, output: str | None = None, keys: Sequence[bytes] | None = None) -> np.ndarray:
+    def pooled(self, output: str | None = None, keys: Iterable[bytes] | None = None) -> np.ndarray:
         """Return mean and population standard deviation over each utterance's frames.
 
         Parameters
@@ -453,9 +490,10 @@ class Store:
         spec = self.output(output)
         if spec.kind != "frames":
             raise ValueError(f"Output {spec.name!r} is of kind {spec.kind!r}, which is not pooled.")
+        wanted = None if keys is None else list(keys)
 
         def read(seen: Listing) -> np.ndarray:
-            rows = seen.rows if keys is None else self._rows(seen, keys)
+            rows = seen.rows if wanted is None else self._rows(seen, wanted)
             out = np.empty((len(rows), 2, spec.dim), np.float32)
             part_of, row_in = seen.part_of_row[rows], seen.row_in_part(rows)
             for number in np.unique(part_of):
@@ -467,9 +505,9 @@ class Store:
 
     def batch(
         self,
-        keys: Sequence[bytes],
+        keys: Iterable[bytes],
         output: str | None = None,
-        dtype: DTypeLike = "float32",
+        dtype: DTypeLike | None = None,
         out: np.ndarray | None = None,
     ) -> Batch:
         """Return the frames of several utterances, padded with zeros at the end.
@@ -480,8 +518,9 @@ class Store:
             B keys, in the order of the result; one may occur more than once.
         output : str, optional
             Which output.
-        dtype : dtype, default="float32"
-            Type of the result: floating point for frames, any that holds the codes for codes.
+        dtype : dtype, optional
+            Type of the result: floating point for frames (float32 if not given), any that holds
+            the codes for codes (the declared one).
         out : ndarray, optional
             One-dimensional array of ``dtype`` to write into, with at least B · Tmax · D elements.
             Reusing one spares the system from clearing fresh memory for every batch.
@@ -503,8 +542,9 @@ class Store:
             ``dtype`` cannot hold the values, or ``out`` does not fit.
         """
         spec = self.output(output)
-        kind = np.dtype(dtype)
-        return self._reading(lambda seen: self._batch(seen, keys, spec, kind, out))
+        kind = read_dtype(spec) if dtype is None else np.dtype(dtype)
+        wanted = list(keys)
+        return self._reading(lambda seen: self._batch(seen, wanted, spec, kind, out))
 
     def _batch(
         self,
@@ -541,7 +581,7 @@ class Store:
     def scan(
         self,
         output: str | None = None,
-        keys: Sequence[bytes] | None = None,
+        keys: Iterable[bytes] | None = None,
         block_bytes: int = 16 << 20,
     ) -> Iterator[tuple[bytes, np.ndarray]]:
         """Yield every utterance once, in the order in which they are stored, read ahead in blocks.
@@ -570,10 +610,10 @@ class Store:
         self,
         batch_size: int,
         output: str | None = None,
-        keys: Sequence[bytes] | None = None,
+        keys: Iterable[bytes] | None = None,
         *,
         seed: int = 0,
-        dtype: DTypeLike = "float32",
+        dtype: DTypeLike | None = None,
         block_bytes: int = 16 << 20,
         buffer_blocks: int = 8,
     ) -> Iterator[tuple[list[bytes], Batch]]:
@@ -609,27 +649,29 @@ class Store:
         """
         from mer.cache.streaming import epoch
 
+        spec = self.output(output)
         return epoch(
             self,
-            self.output(output),
+            spec,
             keys,
             batch_size=batch_size,
             seed=seed,
-            dtype=np.dtype(dtype),
+            dtype=read_dtype(spec) if dtype is None else np.dtype(dtype),
             block_bytes=block_bytes,
             buffer_blocks=buffer_blocks,
         )
 
-    def dask(self, output: str | None = None) -> dask.array.Array:
+    def dask(self, output: str | None = None, dtype: DTypeLike | None = None) -> dask.array.Array:
         """Return all frames of an output behind each other, (F, D), one chunk a part.
 
-        Each utterance is in it once, in the order of ``keys()``.
+        Each utterance is in it once, in the order of ``keys()``. ``dtype`` is as for ``batch``:
+        sums over float16 would overflow.
         """
         from mer.cache.arrays import flat_frames
 
-        return flat_frames(self, self.output(output))
+        return flat_frames(self, self.output(output), dtype)
 
-    def xarray(self, output: str | None = None) -> xarray.DataArray:
+    def xarray(self, output: str | None = None, dtype: DTypeLike | None = None) -> xarray.DataArray:
         """Return ``dask`` with names: dimensions frame and feature, and each frame's utterance.
 
         Raises
@@ -639,7 +681,7 @@ class Store:
         """
         from mer.cache.arrays import labelled_frames
 
-        return labelled_frames(self, self.output(output))
+        return labelled_frames(self, self.output(output), dtype)
 
     # -- writing and telling -----------------------------------------------------------------------
 
@@ -651,7 +693,7 @@ class Store:
             self.spec,
             self.fingerprint,
             known=lambda key: index.find_one(key) >= 0,
-            committed=self._mark_stale,
+            committed=self._mark_changed,
             part_bytes=part_bytes,
             part_seconds=part_seconds,
         )

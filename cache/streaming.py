@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 
 def scan(
-    store: Store, output: OutputSpec, keys: Sequence[bytes] | None, block_bytes: int
+    store: Store, output: OutputSpec, keys: Iterable[bytes] | None, block_bytes: int
 ) -> Iterator[tuple[bytes, np.ndarray]]:
     """See ``Store.scan``."""
     name = output.name
-    seen, rows = _rows(store, keys)
+    seen, rows = store.all_rows(name, keys)
     starts, lengths = seen.spans(name)
     blocks = _blocks(lengths[rows], output, block_bytes)
     for block in _ahead(store, seen, name, [rows[block] for block in blocks]):
-        for row, key in zip(block.tolist(), _keys(seen, block), strict=True):
+        for row, key in zip(block.tolist(), seen.keys_of(block), strict=True):
             start = int(starts[row])
             try:
                 frames = seen.parts[seen.part_of_row[row]].frames(
@@ -40,7 +40,7 @@ def scan(
 def epoch(
     store: Store,
     output: OutputSpec,
-    keys: Sequence[bytes] | None,
+    keys: Iterable[bytes] | None,
     *,
     batch_size: int,
     seed: int,
@@ -52,7 +52,7 @@ def epoch(
     if batch_size < 1 or buffer_blocks < 1:
         raise ValueError(f"batch_size={batch_size}, buffer_blocks={buffer_blocks}: expected ≥ 1.")
     rng = np.random.default_rng(seed)
-    seen, rows = _rows(store, keys)
+    seen, rows = store.all_rows(output.name, keys)
     blocks = _blocks(seen.spans(output.name)[1][rows], output, block_bytes)
     order = rng.permutation(len(blocks)).tolist()
     windows = [
@@ -65,20 +65,9 @@ def epoch(
         whole = len(shuffled) // batch_size * batch_size
         stop = len(shuffled) if number == len(windows) - 1 else whole
         for at in range(0, stop, batch_size):
-            chosen = _keys(seen, shuffled[at : min(at + batch_size, stop)])
+            chosen = seen.keys_of(shuffled[at : min(at + batch_size, stop)])
             yield chosen, store.batch(chosen, output.name, dtype)
         left = shuffled[stop:]
-
-
-def _rows(store: Store, keys: Sequence[bytes] | None) -> tuple[Listing, np.ndarray]:
-    """Return what is seen and the rows of the keys, in storage order, each once."""
-    seen = store.listing
-    return seen, seen.rows if keys is None else np.unique(store.rows(keys))
-
-
-def _keys(seen: Listing, rows: np.ndarray) -> list[bytes]:
-    data = seen.keys[rows].tobytes()
-    return [data[at : at + 16] for at in range(0, len(data), 16)]
 
 
 def _blocks(lengths: np.ndarray, output: OutputSpec, block_bytes: int) -> list[slice]:

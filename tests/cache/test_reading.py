@@ -13,7 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mer.cache
-from mer.cache.errors import MissingFeatureError, UnknownNameError, UsageError
+from mer.cache.errors import (
+    DamagedStoreError,
+    MissingFeatureError,
+    UnknownNameError,
+    UsageError,
+)
 from mer.cache.home import Cache
 from mer.cache.spec import FeatureSpec, OutputSpec
 from mer.cache.store import Store
@@ -211,8 +216,11 @@ def test_dask_holds_all_frames_in_storage_order(store, output):
     assert flat.shape == expected.shape
     assert flat.numblocks == (5, 1)
     got = flat.compute(scheduler="synchronous")
-    assert got.dtype == flat.dtype == expected.dtype
+    assert got.dtype == flat.dtype == (np.uint16 if output == "code" else np.float32)
     np.testing.assert_array_equal(got, expected)
+    as_stored = store.dask(output, expected.dtype).compute(scheduler="processes")
+    assert as_stored.dtype == expected.dtype
+    np.testing.assert_array_equal(as_stored, expected)
     mean = flat.astype("float64").mean(0).compute(scheduler="threads")
     np.testing.assert_allclose(mean, expected.astype("float64").mean(0))
 
@@ -237,6 +245,16 @@ def test_what_is_stored_twice_counts_once(root, tmp_path):
         store.dask("final").compute(scheduler="synchronous"),
         np.concatenate([frames for _, frames in store.scan("final")]),
     )
+
+
+def test_sums_over_half_precision_do_not_overflow(tmp_path):
+    spec = FeatureSpec(slug="ones", identity={"name": "ones"}, outputs=(FINAL,))
+    store = Cache(tmp_path).open(spec, create=True)
+    assert store is not None
+    with store.writer() as writer:
+        writer.add(numbered(0), 1, {"final": np.full((90_000, 6), 3, np.float32)})
+    assert store.dask().mean(0).compute(scheduler="synchronous").tolist() == [3] * 6
+    assert float(store.xarray().mean()) == 3
 
 
 def test_an_empty_store_has_empty_everything(tmp_path):
@@ -282,6 +300,84 @@ def test_a_reader_survives_that_its_part_was_merged_away(root, tmp_path):
     reader = Store(store.path)
     scan = reader.scan("final")
     assert dict(scan).keys() == set(keys)
+
+
+def test_a_part_that_was_pickled_verifies_anew(root, tmp_path):
+    shutil.copytree(root, tmp_path / "flipped")
+    [part, *_] = Cache(tmp_path / "flipped").stores()[0].readers()
+    frames = part.frames("final", 0, 100)
+    again = pickle.loads(pickle.dumps(part))
+    np.testing.assert_array_equal(again.frames("final", 0, 100), frames)
+    data = pickle.dumps(part)
+    shard = Path(part.where, "final/frames/c/0/0")
+    flipped = bytearray(shard.read_bytes())
+    flipped[100] ^= 1
+    shard.write_bytes(flipped)
+    with pytest.raises(DamagedStoreError, match="Chunk 0 of .* does not match its checksum"):
+        pickle.loads(data).frames("final", 0, 100)
+
+
+def test_keys_may_come_from_any_iterable(store):
+    keys = store.keys()[:5]
+    assert store.contains(key for key in keys).all()
+    assert len(store.contains(iter(keys))) == 5
+    assert len(store.batch(dict.fromkeys(keys).keys()).lengths) == 5
+    assert store.num_frames(map(bytes, keys)).tolist() == store.num_frames(keys).tolist()
+    assert len(store.pooled("final", iter(keys))) == 5
+    assert sum(len(k) for k, _ in store.epoch(2, keys=iter(keys))) == 5
+
+
+@pytest.mark.parametrize("key", ["a" * 16, 0, None, "00" * 16])
+def test_what_is_no_key_is_told_how_to_find_one(store, key):
+    with pytest.raises(TypeError, match="is no key: a key is 16 bytes. .*utterance_keys finds"):
+        store[key]
+    with pytest.raises(TypeError, match="is no key"):
+        store.batch([key])
+
+
+def test_codes_are_read_as_they_are_declared(store):
+    assert store.batch([numbered(1)], "code").data.dtype == np.uint16
+    assert store.batch([numbered(1)], "final").data.dtype == np.float32
+
+
+def test_a_store_that_is_not_there_is_no_damage(tmp_path):
+    with pytest.raises(UsageError, match="There is no store at .*gone-0123456789abcdef. `mer ca"):
+        mer.cache.open(tmp_path / "gone-0123456789abcdef")
+
+
+def test_a_store_opens_under_any_name(root, store, tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(store.path)
+    assert len(mer.cache.open(tmp_path / "link")) == 40
+    monkeypatch.chdir(store.path)
+    assert len(mer.cache.open(".")) == 40
+    monkeypatch.setenv("MER_CACHE", str(root))
+    assert len(mer.cache.open()) == 40
+
+
+def test_a_linked_store_is_written_where_it_lies(root, tmp_path):
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(root, moved)
+    [store] = Cache(moved).stores()
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / store.name).symlink_to(store.path)
+    linked = Cache(tmp_path / "cache").open(SPEC)
+    assert linked is not None
+    with linked.writer() as writer:
+        writer.add(numbered(99), 3, arrays(np.random.default_rng(0), 3))
+    assert numbered(99) in Store(store.path)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [store.name]
+
+
+def test_a_forked_child_widens_without_the_threads_of_its_parent(store):
+    import os
+
+    keys = store.keys()
+    expected = store.batch(keys).data.sum()
+    torch.ones(10_000_000).half().float()  # torch's own threads are running
+    child = os.fork()
+    if not child:
+        os._exit(0 if store.batch(keys).data.sum() == expected else 1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_stores_and_their_readers_are_pickled_as_where_they_lie(store):

@@ -222,10 +222,9 @@ def test_a_retried_task_commits_the_same_part(cache, store):
     tasks = [utterance(number) for number in range(3)]
     retry = cache.open(SPEC)
     with store.writer() as first, retry.writer() as second:
-        for key, arrays in tasks:
-            first.add(key, 1, arrays)
-        for key, arrays in reversed(tasks):
-            second.add(key, 1, arrays)
+        for writer in (first, second):
+            for key, arrays in tasks:
+                writer.add(key, 1, arrays)
     assert [p.name for p in (store.path / "parts").iterdir() if p.is_dir()] == [store.parts()[0].id]
     assert not store.path.with_name(store.name + ".tmp").exists()
 

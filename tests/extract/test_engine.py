@@ -286,6 +286,7 @@ def test_blocks_hold_everything_once_within_the_budget(durations, budget):
 
 
 KILLED = """
+    import select
     import sys
     from pathlib import Path
     sys.path.insert(0, {tests!r})
@@ -301,6 +302,9 @@ KILLED = """
     class Slow(Toy):
         def forward(self, batch):
             print("step", flush=True)
+            # Another thread may take the signal: a read that blocks would never notice.
+            while not select.select([sys.stdin], [], [], 0.1)[0]:
+                pass
             sys.stdin.readline()
             return super().forward(batch)
     sources = [Source(id=p.stem, path=p) for p in sorted(folder.glob("*.wav"))]
