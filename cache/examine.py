@@ -9,6 +9,7 @@ right. What cannot be is narrowed down to the utterances that touch it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -49,6 +50,8 @@ from mer.cache.spec import OutputSpec
 from mer.cache.staging import Buffer
 
 _MENDABLE_BYTES = 64 << 20  # larger arrays are not searched for a damaged byte
+
+NUM_NAMES = 5  # that a rewritten part may have
 
 Progress = Callable[[int], None]
 Mend = Callable[[], Iterator[Buffer]]
@@ -154,6 +157,14 @@ class Examination:
             if fault.lost is not None and len(sound):
                 sound &= ~fault.lost
         return sound
+
+
+def spare_name(part: str, number: int) -> str:
+    """Return the name of a rewritten part while ``number`` other names are taken by damaged ones."""
+    if not number:
+        return part
+    text = f"{part} {number}".encode("ascii")
+    return hashlib.blake2b(text, digest_size=16).hexdigest()
 
 
 def examine_part(
@@ -458,7 +469,8 @@ class _Examiner:
         """Check that the part has the name that follows from what it holds."""
         into = self._into
         told = into.manifest.get("part", into.part)
-        names = {layout.content_part_id(into.records)}
+        content = layout.content_part_id(into.records)
+        names = {spare_name(content, number) for number in range(NUM_NAMES)}
         if keys is not None:
             names.add(layout.part_id(key.tobytes() for key in keys))
         if told != into.part:

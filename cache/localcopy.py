@@ -37,6 +37,9 @@ _KEEP = 0.9  # share of the limit that is left after making room: not with every
 _LOOK_BYTES = 256 << 20  # others write too: look again after so many bytes of one's own
 
 
+Stamp = tuple[int, int, int]  # inode, times of the last change of the content and of the file, ns
+
+
 class CopiedFile:
     """One file of the copy, mapped.
 
@@ -50,7 +53,7 @@ class CopiedFile:
 
     __slots__ = ("data", "stamp", "verified")
 
-    def __init__(self, data: np.ndarray, stamp: int, units: int) -> None:
+    def __init__(self, data: np.ndarray, stamp: Stamp, units: int) -> None:
         self.data, self.stamp = data, stamp
         self.verified = bytearray(units)
 
@@ -69,7 +72,7 @@ class LocalCopy:
     def __init__(self, folder: Path, limit: int) -> None:
         self.folder, self.limit = Path(folder), limit
         self._open: OrderedDict[str, CopiedFile] = OrderedDict()
-        self._sound: dict[str, tuple[int, bytearray]] = {}
+        self._sound: dict[str, tuple[Stamp, bytearray]] = {}
         self._lock = threading.Lock()
         self._bytes: int | None = None  # as of the last look, and what was written since
         self._since_look = 0
@@ -99,21 +102,23 @@ class LocalCopy:
             if state.st_size != num_bytes or not num_bytes:
                 return None
             mapped = mmap.mmap(descriptor, num_bytes, access=mmap.ACCESS_READ)
+            before = now = _stamp(state)
             if time.time() - state.st_mtime > _USED_S:
                 with suppress(OSError, TypeError):  # not ours to touch; not on this system
                     os.utime(descriptor)
+                now = _stamp(os.fstat(descriptor))
         except (OSError, ValueError):
             return None
         finally:
             os.close(descriptor)
         data = readable(np.frombuffer(mapped, np.uint8))
-        found = CopiedFile(data, state.st_ino, units)
+        found = CopiedFile(data, now, units)
         with self._lock:
-            stamp, verified = self._sound.get(name, (-1, found.verified))
-            if stamp == found.stamp and len(verified) == units:
+            # An inode alone is soon another file's, once room was made.
+            stamp, verified = self._sound.get(name, (None, found.verified))
+            if stamp == before and len(verified) == units:
                 found.verified = verified
-            else:
-                self._sound[name] = (found.stamp, found.verified)
+            self._sound[name] = (found.stamp, found.verified)
             self._open[name] = found
             while len(self._open) > _OPEN_MAPS:
                 self._open.popitem(last=False)
@@ -219,6 +224,10 @@ class LocalCopy:
             except OSError:
                 continue
         return found
+
+
+def _stamp(state: os.stat_result) -> Stamp:
+    return state.st_ino, state.st_mtime_ns, state.st_ctime_ns
 
 
 _copies: dict[tuple[Path, int], LocalCopy] = {}

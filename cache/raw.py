@@ -104,6 +104,9 @@ class Raw(Protocol):
     def modified(self, parts: Sequence[str]) -> dict[str, float]:
         """Return when parts were committed, in seconds since 1970; without those that are gone."""
 
+    def stamps(self, parts: Sequence[str]) -> dict[str, str]:
+        """Return what changes once a part is committed anew under its name; "" if it is gone."""
+
     def set_modified(self, part: str, modified: float) -> None:
         """Date a part back, where the place has dates that can be set."""
 
@@ -170,6 +173,15 @@ class LocalRaw:
                 found[part] = os.stat(self._manifest(part)).st_mtime
         return found
 
+    def stamps(self, parts: Sequence[str]) -> dict[str, str]:
+        """Look at the manifests; without one, "" as well."""
+        found = dict.fromkeys(parts, "")
+        for part in parts:
+            with suppress(OSError):
+                its = os.stat(self._manifest(part))
+                found[part] = f"{its.st_ino}-{its.st_size}-{its.st_mtime_ns}-{its.st_ctime_ns}"
+        return found
+
     def set_modified(self, part: str, modified: float) -> None:
         """Set the time of the manifest."""
         with suppress(OSError):  # it only looks younger then
@@ -214,10 +226,18 @@ class LocalRaw:
         with writing(self.path), staged(self.path) as temporary:
             write_file(temporary, blocks)
             _sync(temporary)
-            target.parent.mkdir(parents=True, exist_ok=True)
+            self._make_folders(file)
             os.replace(temporary, target)
             forget_map(str(target))
             _sync(target.parent)
+
+    def _make_folders(self, file: str) -> None:
+        """Make the folders of a file, but never a part: that was removed meanwhile then."""
+        folders = file.split("/")[:-1]
+        there = 2 if folders[:1] == [layout.PARTS] and len(folders) > 1 else 0
+        for depth in range(there + 1, len(folders) + 1):
+            with suppress(FileExistsError):
+                os.mkdir("/".join([str(self.path), *folders[:depth]]))
 
     def set_aside(self, file: str) -> str:
         """Rename into ``<store>.quarantine``."""
@@ -249,7 +269,8 @@ class LocalRaw:
                     os.rename(grave, self.path)
                 except OSError:  # and the store made anew
                     for part in late:
-                        os.rename(grave / layout.PARTS / part, parts / part)
+                        if not (parts / part).exists():
+                            os.rename(grave / layout.PARTS / part, parts / part)
                 return False
         return True
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 
 import numpy as np
+import xxhash
 
 from mer.cache import layout
 from mer.cache.errors import DamagedStoreError
@@ -85,6 +86,22 @@ class ObjectRaw:
             if part in wanted and layout.METADATA in listing.files
         }
 
+    def stamps(self, parts: Sequence[str]) -> dict[str, str]:
+        """Hash the listing of all objects of a part, or the manifest that a web server has."""
+        if self._bucket.is_web:
+            manifests = {part: f"{layout.PARTS}/{part}/{layout.METADATA}" for part in parts}
+            contents = self._bucket.get_all(manifests.values())
+            return {part: _digest(contents[file] or b"") for part, file in manifests.items()}
+        prefixes = [f"{layout.PARTS}/{part}" for part in parts] if len(parts) == 1 else [layout.PARTS]
+        listed: dict[str, list[str]] = {part: [] for part in parts}
+        for prefix in prefixes if parts else ():
+            for found in self._bucket.objects(prefix):
+                part = found.name.split("/", 2)[1]
+                if part in listed:
+                    text = f"{found.name} {found.bytes} {found.modified} {found.tag}"
+                    listed[part].append(text)
+        return {part: _digest("\n".join(texts).encode()) for part, texts in listed.items()}
+
     def set_modified(self, part: str, modified: float) -> None:
         """Do nothing: objects have the date of their upload."""
 
@@ -161,3 +178,7 @@ class ObjectRaw:
             return False
         self._bucket.delete([layout.METADATA])
         return True
+
+
+def _digest(data: bytes) -> str:
+    return xxhash.xxh3_128_hexdigest(data) if data else ""

@@ -19,7 +19,7 @@ import numpy as np
 
 from mer.cache import layout
 from mer.cache.errors import DamagedStoreError
-from mer.cache.examine import StoreFacts, examine_part
+from mer.cache.examine import NUM_NAMES, StoreFacts, examine_part, spare_name
 from mer.cache.identity import FINGERPRINT_IN_NAME
 from mer.cache.raw import raw_of
 from mer.cache.spec import FeatureSpec
@@ -143,14 +143,21 @@ class _Numbered:
         manifest = layout.unseal(file.read_bytes(), str(file))
         del manifest["checksum"]
         manifest[GENERATION] = self._generation
-        file.unlink()
-        write_file(file, [layout.to_bytes(layout.group_document(manifest))])
-        new = self._place.publish(folder, part)
-        if not new and not self.is_sound(part):  # left by a process that was killed, then damaged
-            self._place.quarantine(part)
-            new = self._place.publish(folder, part)
-        self.published.append(part)
-        return new
+        for number in range(NUM_NAMES):
+            # Where a name is taken by what is damaged, or another's under an exchanged name, that
+            # keeps it: nobody may have salvaged it yet.
+            name = spare_name(part, number)
+            manifest["part"] = name
+            file.unlink()
+            write_file(file, [layout.to_bytes(layout.group_document(manifest))])
+            new = self._place.publish(folder, name)
+            if new or self.is_sound(name):
+                self.published.append(name)
+                return new
+        raise DamagedStoreError(
+            f"Part {part} of {self._place.url} is there {NUM_NAMES} times and damaged each time. "
+            "Run `mer cache verify --repair`."
+        )
 
     def is_sound(self, part: str) -> bool:
         """Read all of a part."""

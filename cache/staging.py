@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import threading
 import time
 import uuid
@@ -34,7 +35,7 @@ from mer.cache.layout import FileRecord
 logger = logging.getLogger(__name__)
 
 ABANDONED_S = 24 * 3600.0
-_OWNER = re.compile(r"([0-9a-f]{16})-([0-9]+)-([0-9]+)-[0-9a-f]{16}")  # host, pid, its start
+_OWNER = re.compile(r"([0-9a-f]{16})-([0-9]+)-([0-9]+)-[0-9a-f]{16}")  # system, pid, its start
 _LEGACY_OWNER = "owner.json"  # how the first release told; its folders have bare uuids as names
 _CONTENT = "content"
 _SYNC_THREADS = 16
@@ -53,7 +54,7 @@ def writing(store: Path | str) -> Iterator[None]:
     StorageFullError
         No space, or quota, left.
     StoreError
-        Read-only, not permitted, or any other failure of the file system.
+        Read-only, not permitted, removed meanwhile, or any other failure of the file system.
     """
     try:
         yield
@@ -66,11 +67,29 @@ def writing(store: Path | str) -> Iterator[None]:
                 "Everything committed before is intact; free some space or choose another "
                 "--cache, then run the same command again."
             ) from error
-        at = f" ({error.filename})" if error.filename else ""
-        raise StoreError(
-            f"Cannot write to {store}: {error.strerror or error}{at}. "
-            "Check its permissions or choose another --cache."
-        ) from error
+        raise StoreError(_advice(store, error)) from error
+
+
+def _advice(store: Path | str, error: OSError) -> str:
+    if error.errno == errno.EXDEV:
+        return (
+            f"Cannot write to {store}: it lies on another file system than the folder it is in, "
+            "where its parts are built, so nothing can be moved there in one step. Mount or link "
+            "the whole cache, not one store or a folder of it, or move the store "
+            "(`mer cache cp`) to the file system of the cache."
+        )
+    # Of an object store only what is built on this machine can be missing.
+    if error.errno == errno.ENOENT and "://" not in str(store):
+        if not os.path.isdir(os.path.join(store, layout.PARTS)):
+            return (
+                f"{store} was removed meanwhile, by `mer cache gc` or by hand. What was not "
+                "committed is not kept; run the same command again."
+            )
+    at = f" ({error.filename})" if error.filename else ""
+    return (
+        f"Cannot write to {store}: {error.strerror or error}{at}. "
+        "Check its permissions or choose another --cache."
+    )
 
 
 @contextmanager
@@ -101,9 +120,30 @@ def _make_folder(parent: Path) -> Path:
             parent.mkdir(parents=True, exist_ok=True)
             folder.mkdir()
         except (FileExistsError, FileNotFoundError):  # others remove the empty parent meanwhile
+            _check_is_folder(parent)
             continue
         return folder
     raise StoreError(f"Cannot create a folder in {parent}: it keeps disappearing.")
+
+
+def _check_is_folder(path: Path) -> None:
+    """Refuse a path of which a component is there, but no folder."""
+    for folder in (path, *path.parents):
+        try:
+            is_folder = stat.S_ISDIR(os.stat(folder).st_mode)
+        except NotADirectoryError:
+            continue  # one further up
+        except FileNotFoundError:
+            if not folder.is_symlink():
+                continue
+            raise StoreError(
+                f"{folder} is a link to nothing. Mount what it points to, or remove it."
+            ) from None
+        if not is_folder:
+            raise StoreError(
+                f"{folder} is a file, where mer needs a folder to build parts in. Move it away."
+            )
+        return
 
 
 def write_file(path: Path, blocks: Iterable[Buffer]) -> FileRecord:
@@ -169,10 +209,15 @@ def _sync_all(paths: Sequence[str]) -> None:
         threading.Thread(target=work, args=(paths[i::count],), name="mer-sync")
         for i in range(1, count)
     ]
-    for thread in threads:
-        thread.start()
+    started = 0
+    with suppress(RuntimeError):  # no more threads to be had
+        for thread in threads:
+            thread.start()
+            started += 1
     work(paths[::count])
-    for thread in threads:
+    for i in range(started + 1, count):
+        work(paths[i::count])
+    for thread in threads[:started]:
         thread.join()
     if errors:
         raise errors[0]
@@ -282,13 +327,22 @@ def _is_abandoned_legacy(entry: os.DirEntry[str]) -> bool:
 
 
 def _owner() -> str:
-    """Return this process as a folder's name says it: host, process id, start of the process."""
+    """Return this process as a folder's name says it: system, process id, start of the process."""
     pid = os.getpid()
     return f"{_host_digest()}-{pid}-{(_process(pid) or ('', 0))[1]}"
 
 
 def _host_digest() -> str:
-    return hashlib.blake2b(_host().encode("utf-8", "replace"), digest_size=8).hexdigest()
+    text = f"{_host()} {_boot()}"
+    return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).hexdigest()
+
+
+def _boot() -> str:
+    """Return what no two running systems share, however they are named, where Linux tells."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+    except (OSError, ValueError):
+        return ""
 
 
 def _host() -> str:

@@ -197,6 +197,8 @@ class _Verifier:
         self._workers = workers or (4 if self._place.path is not None else 16)
         self._metadata: list[Fault] = []  # of the store itself
         self._left: set[str] = set()  # metadata that repair leaves alone
+        self._stamps: dict[str, str] = {}  # of the parts as they were examined
+        self._told: set[tuple[str, str, str]] = set()  # part, file, reason
 
     def run(self, repair: bool) -> None:
         """Check, report, and repair if asked to."""
@@ -363,7 +365,7 @@ class _Verifier:
 
     def _examine(self, parts: dict[str, Listing], facts: StoreFacts) -> list[Examination]:
         def one(item: tuple[str, Listing]) -> Examination | None:
-            return examine_part(self._raw, *item, facts, self._progress)
+            return self._examine_one(*item, facts)
 
         if self._workers == 1:
             examined = [one(item) for item in parts.items()]
@@ -372,25 +374,58 @@ class _Verifier:
                 examined = list(pool.map(one, parts.items()))
         return [part for part in examined if part is not None]
 
+    def _examine_one(self, part: str, found: Listing, facts: StoreFacts) -> Examination | None:
+        """Examine a part, again if it was another before than afterwards."""
+        stamp = self._stamp(part)
+        for _ in range(_TRIES):
+            examined = examine_part(self._raw, part, found, facts, self._progress)
+            before, stamp = stamp, self._stamp(part)
+            if examined is None:
+                return None
+            if before == stamp:
+                self._stamps[part] = stamp
+                return examined
+            found = self._raw.listing(f"/{layout.PARTS}/{part}")
+        # Nothing can be said of what is never the same twice.
+        return Examination(part, judged=False, notes=["was replaced again and again meanwhile"])
+
+    def _stamp(self, part: str) -> str | None:
+        """Return what tells a part from another of its name; None if nobody can be asked."""
+        try:
+            return self._raw.stamps([part])[part]
+        except (OSError, StoreError):  # examining it will say why
+            return None
+
+    def _is_as_examined(self, part: str) -> bool:
+        stamp = self._stamp(part)
+        return stamp is not None and stamp == self._stamps.get(part)
+
     def _report(self, parts: list[Examination]) -> None:
         found = self._found
         for examined in parts:
             found.parts += 1
             found.files += examined.files
             found.bytes += examined.bytes
-            for fault in examined.faults:
-                found.corrupt.append(
-                    Corruption(
-                        store=self._raw.url,
-                        part=examined.part,
-                        file=fault.file,
-                        reason=fault.reason,
-                        utterances=_lost_keys(examined, fault),
-                        restorable=fault.mend is not None,
-                    )
+            self._report_faults(examined)
+
+    def _report_faults(self, examined: Examination) -> None:
+        for fault in examined.faults:
+            told = (examined.part, fault.file, fault.reason)
+            if told in self._told:
+                continue
+            self._told.add(told)
+            self._found.corrupt.append(
+                Corruption(
+                    store=self._raw.url,
+                    part=examined.part,
+                    file=fault.file,
+                    reason=fault.reason,
+                    utterances=_lost_keys(examined, fault),
+                    restorable=fault.mend is not None,
                 )
-            for note in examined.notes:
-                self._note(f"part {examined.part} {note}")
+            )
+        for note in examined.notes:
+            self._note(f"part {examined.part} {note}")
 
     def _compare_copies(self, parts: list[Examination]) -> None:
         """Note utterances that are stored more than once, and whether their values differ."""
@@ -443,20 +478,43 @@ class _Verifier:
             self._note(f"could not be repaired ({what}): {_why(error)}")
 
     def _repair(self, examined: Examination, facts: StoreFacts) -> None:
-        if not examined.faults:
-            return
         part = examined.part
-        if not examined.judged:
-            self._note(f"part {part} could not be read and was left as it is")
-            return
+        mended: set[str] = set()
+        for _ in range(_TRIES):
+            if not examined.faults:
+                return
+            if not examined.judged:
+                self._note(f"part {part} could not be read and was left as it is")
+                return
+            if self._repair_as_examined(examined, facts, mended):
+                return
+            # It was mended, or another process has put other bytes in its place: those of now
+            # count, and nothing is taken out that was not examined.
+            found = self._raw.listing(f"/{layout.PARTS}/{part}")
+            again = self._examine_one(part, found, facts)
+            if again is None:
+                return
+            examined = again
+            self._report_faults(examined)
+        self._note(f"part {part} was changed again and again meanwhile and was left as it is")
+
+    def _repair_as_examined(
+        self, examined: Examination, facts: StoreFacts, mended: set[str]
+    ) -> bool:
+        """Repair a part; False if it has to be examined once more."""
+        part = examined.part
         if examined.whole:
-            self._quarantine(part)
-            return
-        for fault in examined.faults:
-            if fault.mend is not None:
-                self._mend(f"{layout.PARTS}/{part}/{fault.file}", fault)
+            return self._quarantine(part)
+        todo = [f for f in examined.faults if f.mend is not None and f.file not in mended]
+        for fault in todo:
+            if not mended and not self._is_as_examined(part):
+                return False
+            self._mend(f"{layout.PARTS}/{part}/{fault.file}", fault)
+            mended.add(fault.file)
         if all(fault.mend is not None for fault in examined.faults):
-            return
+            return True
+        if todo:
+            return False
         rows = np.flatnonzero(examined.sound())
         if len(rows):
             store = examined.manifest.get("store", facts.fingerprint)
@@ -465,7 +523,7 @@ class _Verifier:
                     f"part {part} can be repaired once the store has its metadata again: run "
                     "`mer extract`, then `mer cache verify --repair`"
                 )
-                return
+                return True
             # What readers never look at follows from the shapes; slug and identity are for people.
             spec = FeatureSpec(slug=self._raw.name, identity={}, outputs=examined.outputs)
             salvage = Salvage(self._raw, examined)
@@ -473,7 +531,7 @@ class _Verifier:
             generation = int(examined.manifest.get("generation", 0)) + 1
             new = rewrite(self._place, spec, store, utterances, generation=generation)
             self._found.repaired += [f"{self._raw.url}/{layout.PARTS}/{name}" for name in new]
-        self._quarantine(part)
+        return self._quarantine(part)
 
     def _repair_metadata(self) -> None:
         for fault in self._metadata:
@@ -490,8 +548,12 @@ class _Verifier:
         self._raw.replace(file, fault.mend())
         self._found.repaired.append(f"{self._raw.url}/{file}")
 
-    def _quarantine(self, part: str) -> None:
+    def _quarantine(self, part: str) -> bool:
+        """Take a part out; False if it is not the one any more that was examined."""
+        if not self._is_as_examined(part):
+            return False
         self._found.quarantined.append(self._place.quarantine(part))
+        return True
 
 
 def _facts(mer: dict[str, Any], digits: str) -> StoreFacts:
