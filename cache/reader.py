@@ -14,7 +14,6 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -445,18 +444,14 @@ class MappedFiles:
     def _open(self, shard: ShardLayout, data: np.ndarray, path: str) -> bytearray:
         """Check what holds for the shard as a whole."""
         shard.verify_index(data[shard.num_chunks * shard.chunk_bytes :], path)
-        verified = bytearray(shard.num_chunks)
-        # A manifest of the first release does not know its chunks, only the file as a whole: two
-        # exchanged shards would pass.
+        # A manifest of the first release does not know its chunks, only the file as a whole. Chunks
+        # that are sound in themselves may then be another part's, so all of them hold or none.
         if shard.crcs is None and xxhash.xxh3_128_hexdigest(data.data) != shard.xxh3:
-            chunks = data[: shard.num_chunks * shard.chunk_bytes].reshape(-1, shard.chunk_bytes)
-            for chunk in range(shard.num_chunks):
-                with suppress(DamagedStoreError):
-                    shard.verify(chunks[chunk : chunk + 1], chunk, path)
-                    verified[chunk] = 1
-            if all(verified):
-                raise DamagedStoreError(f"{path} is not the file its part's manifest lists.")
-        self._verified[shard.file] = verified
+            raise DamagedStoreError(
+                f"{path} is not the file its part's manifest lists. `mer cache verify --repair` "
+                "saves what it can."
+            )
+        verified = self._verified[shard.file] = bytearray(shard.num_chunks)
         return verified
 
     def _error(
