@@ -13,11 +13,15 @@ another ``gc`` at the same time loses the last copy of anything.
 from __future__ import annotations
 
 import logging
+import os
+import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from glob import escape
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,19 +29,26 @@ import numpy as np
 from mer.cache import layout
 from mer.cache.errors import DamagedStoreError, StoreError
 from mer.cache.examine import StoreFacts, examine_part
-from mer.cache.identity import KEY_BYTES
+from mer.cache.identity import FINGERPRINT_IN_NAME, KEY_BYTES
 from mer.cache.index import KeyIndex, key_array
 from mer.cache.raw import TEMPORARY_SUFFIX, raw_of
 from mer.cache.reader import PartGoneError, PartReader
 from mer.cache.rewrite import GENERATION, PART_BYTES, Stored, rank, rewrite
+from mer.cache.store import Store
 
 if TYPE_CHECKING:
     from mer.cache.home import Cache
-    from mer.cache.store import Store
+    from mer.cache.place import Place
 
 logger = logging.getLogger(__name__)
 
 SMALL_BYTES = 32 << 20
+_ABANDONED_FILE_S = 3600.0
+_UNFINISHED = re.compile(r"\.[0-9a-f]{32}")  # behind the name of a snapshot that is being written
+_BESIDE = re.compile(
+    rf"(.+-[0-9a-f]{{{FINGERPRINT_IN_NAME}}})\."
+    r"(tmp|quarantine|index(\.[0-9a-f]{32})?|parts\.json)"
+)
 PARTS_SUFFIX = ".parts.json"  # beside a store that web servers hand out: the list of its parts
 
 _TRIES = 5
@@ -73,6 +84,10 @@ class Step:
         Rows of each part that go on in a new one.
     copies : mapping of str to ndarray
         Rows of each part that are dropped because another part holds the same key.
+    lost : mapping of str to int
+        How many of the utterances each part holds.
+    stamps : mapping of str to str
+        What tells each part from one that is committed under its name later.
     """
 
     store: str
@@ -83,6 +98,8 @@ class Step:
     reason: str = ""
     kept: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
     copies: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
+    lost: Mapping[str, int] = field(default_factory=dict, repr=False, compare=False)
+    stamps: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,6 +221,7 @@ def plan(
                 steps.append(step)
             else:
                 notes.append(f"{store.name} is left as it is: {error}")
+                steps.extend(_leftovers(store, quarantine, places))
             continue
         places[store.name] = store
         tables.append(table)
@@ -224,7 +242,10 @@ def plan(
             steps.append(table.drop_store())
         else:
             steps.extend(table.steps(compact))
-        steps.extend(_leftovers(table.store, quarantine))
+        steps.extend(_leftovers(table.store, quarantine, places))
+    if stores is None:
+        for store in _gone(cache):
+            steps.extend(_leftovers(store, quarantine, places))
     return GcPlan(
         steps=tuple(steps),
         bytes_before=sum(table.num_bytes for table in tables),
@@ -245,15 +266,16 @@ def _look_at(store: Store) -> _Table:
     for _ in range(_TRIES - 1):
         with suppress(PartGoneError):
             return _Table(store)
-        store.refresh()
     return _Table(store)
 
 
 def _drop_damaged(store: Store, error: StoreError) -> Step | None:
     """Return the step that drops a store that cannot be opened, if it can be listed."""
     try:
-        parts = raw_of(store.place).listing().by_part()
+        raw = raw_of(store.place)
+        parts = raw.listing().by_part()
         names = [name for name in store.place.part_names() if name in parts]
+        stamps = raw.stamps(names)
     except StoreError:
         return None
     return Step(
@@ -262,16 +284,55 @@ def _drop_damaged(store: Store, error: StoreError) -> Step | None:
         parts=tuple(names),
         bytes=sum(file.bytes for name in names for file in parts[name].files.values()),
         reason=f"extractor {store.spec.slug}; it is damaged: {error}",
+        stamps=stamps,
     )
 
 
-def _leftovers(store: Store, quarantine: bool) -> list[Step]:
+def _gone(cache: Cache) -> list[Store]:
+    """Return the stores that are not there any more, of which something still lies beside."""
+    if not cache.is_local:
+        return []
+    try:
+        names = os.listdir(cache.root)
+    except OSError:
+        return []
+    found = {match[1] for name in names if (match := _BESIDE.fullmatch(name)) is not None}
+    return [Store(cache.home.place(name)) for name in sorted(found.difference(names))]
+
+
+def _unfinished_indexes(place: Place) -> list[Path]:
+    """Return what processes that were writing the snapshot of a store have left."""
+    index = place.index_path()
+    if index is None:
+        return []
+    found = index.parent.glob(f"{escape(index.name)}.*")
+    return [path for path in found if _UNFINISHED.fullmatch(path.name.removeprefix(index.name))]
+
+
+def _disposable(place: Place) -> list[Path]:
+    """Return the files beside a store that nobody has touched for an hour and nobody needs."""
+    paths = _unfinished_indexes(place)
+    if place.path is not None and not os.path.lexists(place.path):
+        paths += [place.path.with_name(place.name + s) for s in (layout.INDEX_SUFFIX, PARTS_SUFFIX)]
+    oldest = time.time() - _ABANDONED_FILE_S
+    found = []
+    for path in paths:
+        with suppress(OSError):
+            if path.stat().st_mtime < oldest:
+                found.append(path)
+    return found
+
+
+def _leftovers(store: Store, quarantine: bool, places: dict[str, Store]) -> list[Step]:
     raw = raw_of(store.place)
     steps = []
     temporary = raw.listing(TEMPORARY_SUFFIX)
-    if temporary.files or temporary.folders:
+    files = _disposable(store.place)
+    if temporary.files or temporary.folders or files:
         size = sum(file.bytes for file in temporary.files.values())
         reason = f"what processes that are gone have left of {size} bytes in {TEMPORARY_SUFFIX}"
+        if files:
+            reason += f", and of {len(files)} files beside the store"
         steps.append(Step(store=store.name, action=SWEEP, reason=reason))
     if quarantine:
         taken = raw.listing(layout.QUARANTINE_SUFFIX)
@@ -279,6 +340,8 @@ def _leftovers(store: Store, quarantine: bool) -> list[Step]:
             size = sum(file.bytes for file in taken.files.values())
             reason = "damaged, taken out by a repair"
             steps.append(Step(store=store.name, action=DROP_QUARANTINE, bytes=size, reason=reason))
+    if steps:
+        places[store.name] = store
     return steps
 
 
@@ -287,6 +350,9 @@ class _Table:
 
     def __init__(self, store: Store) -> None:
         self.store = store
+        raw = raw_of(store.place)
+        self.stamps = raw.stamps(store.place.part_names())
+        store.refresh()
         self.parts: tuple[PartReader, ...] = store.readers()
         counts = [part.num_utterances for part in self.parts]
         self.num_rows = sum(counts)
@@ -294,9 +360,13 @@ class _Table:
         keys = [part.keys() for part in self.parts]
         self.keys = np.concatenate([np.empty((0, KEY_BYTES), np.uint8), *keys])
         self.generations = [generation(part) for part in self.parts]
-        modified = raw_of(store.place).modified([part.id for part in self.parts])
+        names = [part.id for part in self.parts]
+        modified = raw.modified(names)
         self.modified = [modified.get(part.id, float("inf")) for part in self.parts]
         self.sizes = [part.num_bytes for part in self.parts]
+        stamps = raw.stamps(names)
+        if any(not stamp or self.stamps.get(name) != stamp for name, stamp in stamps.items()):
+            raise PartGoneError(f"Parts of {store.url} are being replaced.")
         self.num_bytes = sum(self.sizes)
         self.dropped = np.zeros(self.num_rows, bool)
         self.allowed = np.ones(self.num_rows, bool)
@@ -348,15 +418,24 @@ class _Table:
 
     def drop_store(self) -> Step:
         """Return the step that removes all of it."""
-        distinct = len(KeyIndex(self.keys)) if self.num_rows else 0
+        first = np.zeros(self.num_rows, bool)
+        if self.num_rows:
+            first[KeyIndex(self.keys).rows] = True
+        lost = {p.id: int(first[self.rows(i)].sum()) for i, p in enumerate(self.parts)}
         return Step(
             store=self.store.name,
             action=DROP_STORE,
             parts=tuple(part.id for part in self.parts),
-            utterances=distinct,
+            utterances=sum(lost.values()),
             bytes=self.num_bytes,
             reason=f"extractor {self.store.spec.slug}",
+            lost=lost,
+            stamps=self.stamps_of(lost),
         )
+
+    def stamps_of(self, parts: Iterable[str]) -> dict[str, str]:
+        """Return the stamps of some parts."""
+        return {part: self.stamps[part] for part in parts}
 
     def steps(self, compact: bool) -> Iterator[Step]:
         """Yield what to do with the parts."""
@@ -403,14 +482,16 @@ class _Table:
     def _step(self, action: str, parts: list[int], kept: np.ndarray) -> Step:
         rows: dict[str, np.ndarray] = {}
         copies: dict[str, np.ndarray] = {}
-        gone = num_copies = 0
+        lost: dict[str, int] = {}
+        num_copies = 0
         for i in parts:
             name, mine = self.parts[i].id, self.rows(i)
             rows[name] = np.flatnonzero(kept[mine])
             twice = ~kept[mine] & ~self.dropped[mine]
             copies[name] = np.flatnonzero(twice)
             num_copies += int(twice.sum())
-            gone += int(self._lost(kept)[mine].sum())
+            lost[name] = int(self._lost(kept)[mine].sum())
+        gone = sum(lost.values())
         reasons = []
         if gone:
             reasons.append(f"{gone} utterances match the criteria")
@@ -428,6 +509,8 @@ class _Table:
             reason=", ".join(reasons) or "all of it is stored elsewhere",
             kept={} if action == DROP_PART else rows,
             copies={name: some for name, some in copies.items() if len(some)},
+            lost=lost,
+            stamps=self.stamps_of(rows),
         )
 
     def _lost(self, kept: np.ndarray) -> np.ndarray:
@@ -491,8 +574,9 @@ def generation(part: PartReader) -> int:
 def run(gc: GcPlan, progress: Callable[[Step], None] | None = None) -> GcReport:
     """Do what a plan says.
 
-    Whatever has changed since is respected: parts that are gone are skipped, parts that are new are
-    not touched, and what was the better of two copies is looked at again.
+    Whatever has changed since is respected: parts that are gone are skipped, parts that are new, or
+    were committed anew under the same name, are not touched, and what was the better of two copies
+    is looked at again.
 
     Parameters
     ----------
@@ -557,25 +641,26 @@ class _Work:
         raw = raw_of(store.place)
         there = raw.listing().by_part()
         for part in step.parts:  # damaged or not
-            store.place.remove(part)
-            files = there[part].files.values() if part in there else ()
-            self.freed += sum(file.bytes for file in files)
+            if part in there and self._is_as_planned(store, step, part):
+                store.place.remove(part)
+                self.freed += sum(file.bytes for file in there[part].files.values())
+                self.utterances += step.lost.get(part, 0)
         if raw.remove_if_empty():
             self.stores_dropped += 1
             for suffix in (layout.INDEX_SUFFIX, PARTS_SUFFIX):
                 raw.clear(suffix)
+            for path in _unfinished_indexes(store.place):
+                with suppress(OSError):  # the next gc sweeps it
+                    path.unlink()
         elif raw.listing().files:
             self.notes.append(f"{store.name} stays: a part was added meanwhile.")
-        self.utterances += step.utterances
 
     def drop_parts(self, store: Store, step: Step) -> None:
         """Remove parts of which nothing stays."""
         readers = self._present(store, step)
         if readers and self._copies_are_safe(store, step, readers):
             for part in readers:
-                self._remove(store, part)
-                self.parts_dropped += 1
-            self.utterances += step.utterances
+                self.parts_dropped += self._remove(store, step, part)
 
     def rewrite(self, store: Store, step: Step) -> None:
         """Write what stays of some parts to new ones, then remove them."""
@@ -594,16 +679,13 @@ class _Work:
             if any(r > rank(generation(old), old.id) for r in ranks):
                 self.notes.append(f"{store.name}: part {old.id} stays until the next gc.")
                 continue
-            self._remove(store, old)
-            self.parts_merged += 1
+            self.parts_merged += self._remove(store, step, old)
         # The result was there before, below one of its sources in rank. Then that one keeps what
         # is in both, and the next gc merges it with the rest.
         for old in same:
             if len(step.kept[old.id]):
                 self._write(store, step, [old])
-            self._remove(store, old)
-            self.parts_merged += 1
-        self.utterances += step.utterances
+            self.parts_merged += self._remove(store, step, old)
 
     def _write(self, store: Store, step: Step, readers: Sequence[PartReader]) -> list[PartReader]:
         """Write what stays of some parts and return the new ones."""
@@ -633,6 +715,11 @@ class _Work:
         store.place.sweep()
         after = raw.listing(TEMPORARY_SUFFIX)
         self.freed += sum(f.bytes for name, f in before.files.items() if name not in after.files)
+        for path in _disposable(store.place):
+            with suppress(OSError):  # another process was faster, or not ours to remove
+                size = path.stat().st_size
+                path.unlink()
+                self.freed += size
 
     def drop_quarantine(self, store: Store, step: Step) -> None:
         """Delete what a repair has taken out."""
@@ -642,11 +729,28 @@ class _Work:
         self.freed += size
 
     def _present(self, store: Store, step: Step) -> list[PartReader]:
-        return [part for part in _readers(store, step.parts) if part is not None]
+        """Return readers of the parts that are still those that were looked at."""
+        # Theirs are the manifests of the plan only if that holds after they were read.
+        readers = [part for part in _readers(store, step.parts) if part is not None]
+        return [part for part in readers if self._is_as_planned(store, step, part.id)]
 
-    def _remove(self, store: Store, part: PartReader) -> None:
+    def _remove(self, store: Store, step: Step, part: PartReader) -> bool:
+        if not self._is_as_planned(store, step, part.id):
+            return False
         store.place.remove(part.id)
         self.freed += part.num_bytes
+        self.utterances += step.lost.get(part.id, 0)
+        return True
+
+    def _is_as_planned(self, store: Store, step: Step, part: str) -> bool:
+        stamp = raw_of(store.place).stamps([part])[part]
+        if stamp == step.stamps[part]:
+            return True
+        if stamp:
+            self.notes.append(
+                f"{store.name}: part {part} stays, it was committed anew after it was looked at."
+            )
+        return False
 
     def _copies_are_safe(self, store: Store, step: Step, readers: Sequence[PartReader]) -> bool:
         """Whether every row that goes because there is another copy has one that reads."""

@@ -64,7 +64,7 @@ class StoreFacts:
     Attributes
     ----------
     digits : str
-        End of the store's name: the first digits of its fingerprint.
+        End of the store's name: the first digits of its fingerprint; "" if it was renamed.
     fingerprint : str or None
         None where the store's own metadata is lost.
     outputs : tuple of OutputSpec or None
@@ -160,7 +160,7 @@ class Examination:
 
 
 def spare_name(part: str, number: int) -> str:
-    """Return the name of a rewritten part while ``number`` other names are taken by damaged ones."""
+    """Return the name of a rewritten part where damaged ones have ``number`` others."""
     if not number:
         return part
     text = f"{part} {number}".encode("ascii")
@@ -279,7 +279,8 @@ class _Examiner:
     def _is_ours(self, store: Any) -> bool:
         if self._facts.fingerprint is not None:
             return store == self._facts.fingerprint
-        return str(store)[:FINGERPRINT_IN_NAME] == self._facts.digits
+        digits = self._facts.digits
+        return not digits or str(store)[:FINGERPRINT_IN_NAME] == digits
 
     def _describe(self, manifest: dict[str, Any]) -> None:
         """Derive from the manifest what every file must be like."""

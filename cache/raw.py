@@ -132,7 +132,7 @@ class Raw(Protocol):
 def raw_of(place: Place) -> Raw:
     """Return the files of a store."""
     if place.path is not None:
-        return LocalRaw(place.path)
+        return LocalRaw(place.path, place.name)
     from mer.cache.raw_objects import ObjectRaw
 
     return cast(Raw, ObjectRaw(cast(Any, place)))
@@ -145,12 +145,14 @@ class LocalRaw:
     ----------
     path : Path
         The folder.
+    name : str, optional
+        Of the store; another than that of the folder where a link leads to it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, name: str | None = None) -> None:
         self.path = path
         self.url = str(path)
-        self.name = path.name
+        self.name = path.name if name is None else name
 
     def check_writable(self) -> None:
         """Do nothing: trying will tell."""
@@ -246,12 +248,13 @@ class LocalRaw:
 
     def clear(self, suffix: str) -> None:
         """Remove a sibling; one that is gone is no error."""
-        path = self.path.with_name(self.name + suffix)
-        with writing(self.path), suppress(FileNotFoundError):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+        for name in {self.path.name, self.name}:
+            path = self.path.with_name(name + suffix)
+            with writing(self.path), suppress(FileNotFoundError):
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
 
     def remove_if_empty(self) -> bool:
         """Rename the folder away and look into it once nobody can find it any more."""

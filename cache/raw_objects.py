@@ -92,14 +92,13 @@ class ObjectRaw:
             manifests = {part: f"{layout.PARTS}/{part}/{layout.METADATA}" for part in parts}
             contents = self._bucket.get_all(manifests.values())
             return {part: _digest(contents[file] or b"") for part, file in manifests.items()}
-        prefixes = [f"{layout.PARTS}/{part}" for part in parts] if len(parts) == 1 else [layout.PARTS]
+        prefix = f"{layout.PARTS}/{parts[0]}" if len(parts) == 1 else layout.PARTS
         listed: dict[str, list[str]] = {part: [] for part in parts}
-        for prefix in prefixes if parts else ():
-            for found in self._bucket.objects(prefix):
-                part = found.name.split("/", 2)[1]
-                if part in listed:
-                    text = f"{found.name} {found.bytes} {found.modified} {found.tag}"
-                    listed[part].append(text)
+        for found in self._bucket.objects(prefix) if parts else ():
+            part = found.name.split("/", 2)[1]
+            if part in listed:
+                text = f"{found.name} {found.bytes} {found.modified} {found.tag}"
+                listed[part].append(text)
         return {part: _digest("\n".join(texts).encode()) for part, texts in listed.items()}
 
     def set_modified(self, part: str, modified: float) -> None:

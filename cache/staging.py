@@ -79,12 +79,12 @@ def _advice(store: Path | str, error: OSError) -> str:
             "(`mer cache cp`) to the file system of the cache."
         )
     # Of an object store only what is built on this machine can be missing.
-    if error.errno == errno.ENOENT and "://" not in str(store):
-        if not os.path.isdir(os.path.join(store, layout.PARTS)):
-            return (
-                f"{store} was removed meanwhile, by `mer cache gc` or by hand. What was not "
-                "committed is not kept; run the same command again."
-            )
+    is_local = "://" not in str(store)
+    if error.errno == errno.ENOENT and is_local and not Path(store, layout.PARTS).is_dir():
+        return (
+            f"{store} was removed meanwhile, by `mer cache gc` or by hand. What was not committed "
+            "is not kept; run the same command again."
+        )
     at = f" ({error.filename})" if error.filename else ""
     return (
         f"Cannot write to {store}: {error.strerror or error}{at}. "

@@ -29,6 +29,7 @@ from mer.cache.examine import (
 )
 from mer.cache.identity import FINGERPRINT_IN_NAME, fingerprint
 from mer.cache.index import KeyIndex
+from mer.cache.place import is_store_name
 from mer.cache.raw import Listing, Raw, raw_of
 from mer.cache.rewrite import Stored, rewrite
 from mer.cache.salvage import Salvage
@@ -219,7 +220,7 @@ class _Verifier:
 
     def _root(self, listing: Listing) -> StoreFacts:
         """Check the root's metadata and return what it tells."""
-        facts = StoreFacts(self._raw.name[-FINGERPRINT_IN_NAME:])
+        facts = StoreFacts(_digits(self._raw.name))
         for name, why in listing.unreadable.items():
             if not name:
                 self._fault("", f"cannot be read: {why}", left=True)
@@ -260,6 +261,7 @@ class _Verifier:
             )
         if (
             known.fingerprint is not None
+            and facts.digits
             and known.fingerprint[:FINGERPRINT_IN_NAME] != facts.digits
         ):
             if text is None:
@@ -383,7 +385,8 @@ class _Verifier:
             if examined is None:
                 return None
             if before == stamp:
-                self._stamps[part] = stamp
+                if stamp is not None:
+                    self._stamps[part] = stamp
                 return examined
             found = self._raw.listing(f"/{layout.PARTS}/{part}")
         # Nothing can be said of what is never the same twice.
@@ -554,6 +557,11 @@ class _Verifier:
             return False
         self._found.quarantined.append(self._place.quarantine(part))
         return True
+
+
+def _digits(name: str) -> str:
+    """Return the digits that end a store's name; none of a folder that was renamed."""
+    return name[-FINGERPRINT_IN_NAME:] if is_store_name(name) else ""
 
 
 def _facts(mer: dict[str, Any], digits: str) -> StoreFacts:

@@ -384,9 +384,9 @@ def test_a_merge_whose_result_is_there_already_goes_on_with_the_next(tmp_path):
         )
         for row in range(2)
     ]
+    (store.path / "parts" / first).rename(tmp_path / "spare")
     (low,) = rewrite(store.place, SPEC, store.fingerprint, copies, generation=1)
     (high,) = rewrite(store.place, SPEC, store.fingerprint, copies[:1], generation=7)
-    (store.path / "parts" / first).rename(tmp_path / "spare")
     age(store, high, 1000.0)
     age(store, low, 2000.0)
     before = content(tmp_path)
