@@ -581,7 +581,7 @@ def _chosen(names: Sequence[str], opened: Cache) -> list[Store]:
 @json_option
 def cache_ls(cache_url: str | None, as_json: bool) -> int:
     """List the stores of the cache."""
-    from mer.pipelines.caching import listing, listing_text
+    from mer.pipelines.cache_report import listing, listing_text
 
     result = listing(_cache(cache_url))
     _emit(result, as_json, lambda: listing_text(result))
@@ -603,7 +603,8 @@ Examples:
 @json_option
 def cache_info(store: str, cache_url: str | None, as_json: bool) -> int:
     """Show everything a STORE knows of itself: provenance, licence, fingerprint, outputs, size."""
-    from mer.pipelines.caching import find_store, info_text
+    from mer.pipelines.cache_report import info_text
+    from mer.pipelines.caching import find_store
 
     info = find_store(store, _cache(cache_url)).info()
     _emit(dataclasses.asdict(info), as_json, lambda: info_text(info))
@@ -644,7 +645,7 @@ def cache_verify(
     Exits with 4 where anything is damaged, or was before it was repaired.
     """
     from mer.cache.verify import total_bytes, verify
-    from mer.pipelines.caching import verify_result, verify_text
+    from mer.pipelines.cache_report import verify_result, verify_text
 
     opened = _cache(cache_url)
     chosen = _chosen(stores, opened)
@@ -735,7 +736,8 @@ def cache_gc(
     any moment, and run while others read and write.
     """
     from mer.cache.collect import plan, run
-    from mer.pipelines.caching import gc_result, gc_text, keys_in_use, pair_roots, recomputable
+    from mer.pipelines.cache_report import gc_result, gc_text
+    from mer.pipelines.caching import keys_in_use, pair_roots, recomputable
 
     opened = _cache(cache_url)
     keep = None
@@ -773,7 +775,7 @@ def cache_gc(
 @json_option
 def cache_du(stores: tuple[str, ...], cache_url: str | None, as_json: bool) -> int:
     """Show what takes the space: outputs, duplicates, leftovers, quarantine."""
-    from mer.pipelines.caching import usage_result, usage_text
+    from mer.pipelines.cache_report import usage_result, usage_text
 
     opened = _cache(cache_url)
     result = usage_result(opened, _chosen(stores, opened))
@@ -809,7 +811,8 @@ def cache_cp(source: str, target: str, web: bool, cache_url: str | None, as_json
     """
     from mer.cache.store import Store
     from mer.cache.transfer import copy, write_parts_list
-    from mer.pipelines.caching import copy_result, copy_text, find_stores, num_bytes
+    from mer.pipelines.cache_report import copy_result, copy_text
+    from mer.pipelines.caching import find_stores, num_bytes
 
     sources = find_stores(source, _cache(cache_url))
     into = _cache(target)
@@ -874,7 +877,8 @@ def cache_export(
     With --dataset its utterances are written under their ids; without, all under their keys.
     """
     from mer.cache.exchange import export
-    from mer.pipelines.caching import export_options, export_result, export_text, find_store
+    from mer.pipelines.cache_report import export_result, export_text
+    from mer.pipelines.caching import export_options, find_store
 
     opened = _cache(cache_url)
     found = find_store(store, opened)
@@ -941,7 +945,8 @@ def cache_import(
     Pickles and .pt files are read without running anything they contain.
     """
     from mer.cache.exchange import import_
-    from mer.pipelines.caching import import_result, import_text, parse_options
+    from mer.pipelines.cache_report import import_result, import_text
+    from mer.pipelines.caching import parse_options
 
     opened = _cache(cache_url)
     keys = _keys_of(dataset, root, opened)
@@ -981,7 +986,8 @@ Examples:
 def cache_diff(a: str, b: str, no_values: bool, cache_url: str | None, as_json: bool) -> int:
     """Say how the stores A and B differ: settings, utterances, values."""
     from mer.cache.diff import diff
-    from mer.pipelines.caching import diff_result, diff_text, find_store
+    from mer.pipelines.cache_report import diff_result, diff_text
+    from mer.pipelines.caching import find_store
 
     opened = _cache(cache_url)
     one, other = find_store(a, opened), find_store(b, opened)
