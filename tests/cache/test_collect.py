@@ -19,6 +19,7 @@ from mer.cache.collect import GcPlan, GcReport, plan, run
 from mer.cache.errors import StorageFullError
 from mer.cache.home import Cache
 from mer.cache.place import LocalPlace
+from mer.cache.raw import LocalRaw
 from mer.cache.rewrite import Stored, rewrite
 from mer.cache.spec import FeatureSpec, OutputSpec
 from mer.cache.store import Store
@@ -458,6 +459,134 @@ def test_a_plan_that_was_overtaken_does_no_harm(tmp_path):
     report = run(plans[1])
     assert report.bytes_freed == report.parts_merged == 0
     assert content(tmp_path) == before
+
+
+def replaced(store: Store, part: str) -> None:
+    """Put an equal part in the place of one, as dropping and extracting it again does."""
+    folder = store.path / "parts" / part
+    spare = shutil.copytree(folder, store.path.parent / "spare")
+    shutil.rmtree(folder)
+    shutil.move(spare, folder)
+
+
+@pytest.mark.parametrize("criteria", [{"older_than_s": 0.0}, {"extractors": ["test"]}])
+def test_a_part_that_was_committed_anew_since_the_plan_is_not_dropped(tmp_path, criteria):
+    store = opened(tmp_path)
+    fresh, old = add(store, [1, 2]), add(store, [3])
+    for part in (fresh, old):
+        age(store, part, 1000.0)
+    gc = plan(Cache(tmp_path), **criteria)
+    assert gc.utterances == 3
+    replaced(store, fresh)
+    was = size(store)
+    report = run(gc)
+    assert (report.utterances, report.stores_dropped) == (1, 0)
+    assert f"part {fresh} stays, it was committed anew" in report.notes[0]
+    assert content(tmp_path).keys() == {key(1), key(2)}
+    assert report.bytes_freed == was - size(store)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before reading it", "after reading it"])
+@pytest.mark.parametrize("used", [None, {key(1), key(3), key(5)}], ids=["merge", "rewrite"])
+def test_a_part_that_was_committed_anew_since_the_plan_is_not_merged_away(
+    tmp_path, monkeypatch, used, late
+):
+    store = opened(tmp_path)
+    names = [add(store, [number, number + 1]) for number in (1, 3, 5)]
+    before = content(tmp_path)
+    gc = plan(Cache(tmp_path), keep=used, compact=used is None)
+    real = collect.rewrite
+
+    def rewrite_and_replace(*args, **kwargs):
+        new = real(*args, **kwargs)
+        if (store.path / "parts" / names[0]).exists():
+            replaced(store, names[0])
+        return new
+
+    if late:
+        monkeypatch.setattr(collect, "rewrite", rewrite_and_replace)
+    else:
+        replaced(store, names[0])
+    report = run(gc)
+    assert names[0] in store.place.part_names()
+    assert any(f"part {names[0]} stays" in note for note in report.notes)
+    kept = before.keys() if used is None else used | {key(2)}
+    assert content(tmp_path) == {its: before[its] for its in kept}
+    assert verify(Cache(tmp_path).stores()).corrupt == ()
+
+
+def test_parts_that_are_replaced_while_planning_are_looked_at_again(tmp_path, monkeypatch):
+    store = opened(tmp_path)
+    names = [add(store, [1]), add(store, [2])]
+    real, calls = LocalRaw.modified, []
+
+    def modified(self, parts):
+        if not calls:
+            replaced(store, names[0])
+        calls.append(parts)
+        return real(self, parts)
+
+    monkeypatch.setattr(LocalRaw, "modified", modified)
+    gc = plan(Cache(tmp_path))
+    assert len(calls) == 2
+    assert run(gc).parts_merged == 2
+
+
+def test_a_snapshot_that_was_never_finished_is_swept_after_an_hour(tmp_path):
+    store = opened(tmp_path)
+    add(store, [1])
+    old, young, other = (
+        tmp_path / f"{store.name}.index.{end}" for end in ("0" * 32, "1" * 32, "mine")
+    )
+    for file in (old, young, other):
+        file.write_bytes(bytes(70))
+    for file in (old, other):
+        os.utime(file, (1000, 1000))
+    gc, report = collected(tmp_path)
+    assert actions(gc) == ["sweep"]
+    assert report.bytes_freed == 70
+    assert (old.exists(), young.exists(), other.exists()) == (False, True, True)
+    run(plan(Cache(tmp_path), extractors=["test"]))
+    assert sorted(tmp_path.iterdir()) == [other]
+
+
+def test_what_is_left_of_a_store_that_is_gone_is_swept(tmp_path):
+    """Killed after the store was renamed away, or before what lies beside it was removed."""
+    store, other = opened(tmp_path), opened(tmp_path, OTHER)
+    add(store, [1])
+    add(other, [1])
+    grave = staging.temporary_folder(store.path) / "left"
+    grave.mkdir(parents=True)
+    was = size(store)
+    store.path.rename(grave / "content")
+    os.utime(grave, (0, 0))
+    beside = [tmp_path / f"{store.name}{end}" for end in (".index", ".parts.json")]
+    for file in beside:
+        file.write_bytes(bytes(10))
+        os.utime(file, (1000, 1000))
+    (tmp_path / f"{other.name}.index").write_bytes(bytes(10))
+    os.utime(tmp_path / f"{other.name}.index", (1000, 1000))
+    taken = tmp_path / f"{store.name}.quarantine"
+    taken.mkdir()
+    (taken / "file").write_bytes(b"x")
+    gc, report = collected(tmp_path)
+    assert [(step.store, step.action) for step in gc.steps] == [(store.name, "sweep")]
+    assert report.bytes_freed == was + 20
+    assert {p.name for p in tmp_path.iterdir()} == {other.name, f"{other.name}.index", taken.name}
+    collected(tmp_path, quarantine=True)
+    assert not taken.exists()
+
+
+def test_what_is_left_beside_a_damaged_store_is_swept(tmp_path):
+    store = opened(tmp_path)
+    (store.path / "zarr.json").write_text("{")
+    left = staging.temporary_folder(store.path) / "left"
+    left.mkdir(parents=True)
+    os.utime(left, (0, 0))
+    gc = plan(Cache(tmp_path))
+    assert actions(gc) == ["sweep"]
+    run(gc)
+    assert not left.exists()
 
 
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):

@@ -227,6 +227,75 @@ def test_a_read_only_cache_is_readable_and_says_why_it_cannot_be_written(
         opened(tmp_path / "new")
 
 
+def test_a_store_on_another_file_system_than_its_folder_says_what_to_do(tmp_path, monkeypatch):
+    store = opened(tmp_path)
+
+    def refuse(source, target):
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), source, None, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", refuse)
+        with pytest.raises(
+            StoreError, match="another file system .* Mount or link the whole cache"
+        ):
+            add(store, 1)
+    assert len(opened(tmp_path)) == 0
+
+
+def test_a_file_where_parts_are_built_is_named(tmp_path):
+    store = opened(tmp_path)
+    temporary = staging.temporary_folder(store.path)
+    temporary.write_text("mine")
+    with pytest.raises(StoreError, match=r"\.tmp is a file, where mer needs a folder"):
+        add(store, 1)
+    assert temporary.read_text() == "mine"
+    temporary.unlink()
+    add(store, 1)
+    assert len(store) == 1
+
+
+def test_a_cache_below_a_link_to_nothing_is_named(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "unmounted")
+    with pytest.raises(StoreError, match="link is a link to nothing. Mount"):
+        opened(tmp_path / "link" / "cache")
+
+
+def test_a_writer_whose_store_was_removed_is_told_so(tmp_path):
+    store = opened(tmp_path)
+    add(store, 1)
+    writer = store.writer()
+    writer.add(number(2), 2, {"final": np.ones((3, 8), np.float32)})
+    shutil.rmtree(store.path)
+    with pytest.raises(StoreError, match="was removed meanwhile.* run the same command again"):
+        writer.commit()
+    assert not store.path.exists()
+
+
+@pytest.mark.parametrize("allowed", [0, 2])
+def test_without_threads_everything_is_synced_all_the_same(tmp_path, monkeypatch, allowed):
+    store = opened(tmp_path)
+    real, started = threading.Thread.start, []
+
+    def start(self):
+        if len(started) >= allowed:
+            raise RuntimeError("can't start new thread")
+        started.append(self)
+        real(self)
+
+    synced = []
+    sync = staging._sync
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        patch.setattr(staging, "_sync", lambda path: (synced.append(Path(path).name), sync(path)))
+        add(store, 1, 2)
+    assert len(started) == allowed
+    (part,) = opened(tmp_path).parts()
+    files = [p for p in (store.path / "parts" / part.id).rglob("*") if p.is_file()]
+    assert synced.count("zarr.json") == sum(p.name == "zarr.json" for p in files)
+    assert synced.count("0") >= sum(p.name == "0" for p in files)
+    assert opened(tmp_path).contains([number(1), number(2)]).all()
+
+
 def interrupted_at_fsync(monkeypatch: pytest.MonkeyPatch, times: int) -> threading.Event:
     """Send Ctrl-C to the main thread at each of the first syncs; wait there until it was caught."""
     main = threading.main_thread().ident
@@ -334,6 +403,25 @@ def test_only_abandoned_temporary_folders_are_swept(tmp_path):
     leftover(store, named(there, me, started), None, day + 60)
     with store.writer():
         assert temporary(store) == sorted([*stay, living])
+
+
+def test_a_machine_of_the_same_name_does_not_sweep_what_is_being_written(tmp_path, monkeypatch):
+    store = opened(tmp_path)
+    name = named(staging._host_digest(), gone(), 1)
+    leftover(store, name, None)
+    real = Path.read_text
+
+    def read_text(self, *args, **kwargs):
+        if self.name == "boot_id":
+            return "11111111-2222-3333-4444-555555555555\n"
+        return real(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", read_text)
+        staging.sweep(store.path)  # its process of that id is another
+        assert temporary(store) == [name]
+    staging.sweep(store.path)
+    assert temporary(store) == []
 
 
 def test_leftovers_of_the_first_release_are_swept(tmp_path):

@@ -666,6 +666,39 @@ def test_least_recently_used_file_goes_first(tmp_path: Path):
     assert copy.size() <= 1000
 
 
+def test_file_that_was_verified_vouches_for_no_other_of_its_inode(tmp_path: Path):
+    copy = LocalCopy(tmp_path, 1000)
+    copy.put("a/0", b"sound")
+    first = copy.get("a/0", 5)
+    assert first is not None
+    first.verified[0] = 1
+    copy._open.clear()  # as when many others were opened
+    again = copy.get("a/0", 5)
+    assert again is not None
+    assert again.verified[0] == 1
+    copy._open.clear()
+    state = os.stat(tmp_path / "a/0")
+    (tmp_path / "a/0").write_bytes(b"wrong")  # the inode stays, as by chance when one is used again
+    os.utime(tmp_path / "a/0", ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert os.stat(tmp_path / "a/0").st_ino == state.st_ino
+    other = copy.get("a/0", 5)
+    assert other is not None
+    assert other.verified[0] == 0
+
+
+def test_using_a_file_after_a_while_does_not_verify_it_again(tmp_path: Path):
+    copy = LocalCopy(tmp_path, 1000)
+    copy.put("a/0", b"sound")
+    os.utime(tmp_path / "a/0", (1000, 1000))
+    first = copy.get("a/0", 5)
+    assert first is not None
+    first.verified[0] = 1
+    copy._open.clear()
+    again = copy.get("a/0", 5)
+    assert again is not None
+    assert again.verified[0] == 1
+
+
 @pytest.mark.parametrize("how", ["flip", "shorten", "remove"])
 def test_damaged_local_copy_is_fetched_again(
     how: str, copy: LocalCopy, store: Store, bucket: S3, content: Content

@@ -17,9 +17,12 @@ from mer.cache import layout, reader, staging
 from mer.cache.errors import StoreError
 from mer.cache.home import Cache
 from mer.cache.mend import single_byte_errors
+from mer.cache.raw import LocalRaw
+from mer.cache.rewrite import rewrite
 from mer.cache.spec import FeatureSpec, OutputSpec
 from mer.cache.store import Store
-from mer.cache.verify import Corruption, VerifyReport, total_bytes, verify
+from mer.cache.verify import Corruption, VerifyReport, _Verifier, total_bytes, verify
+from mer.cache.writer import PartWriter
 
 SPEC = FeatureSpec(
     slug="test",
@@ -513,8 +516,6 @@ def test_all_faults_are_collected(store):
 
 
 def test_a_part_that_is_merged_away_while_it_is_read_is_no_damage(store, monkeypatch):
-    from mer.cache.raw import LocalRaw
-
     gone = parts(store)[0]
     real = LocalRaw.read
 
@@ -527,6 +528,117 @@ def test_a_part_that_is_merged_away_while_it_is_read_is_no_damage(store, monkeyp
     report = check(store, repair=True)
     assert report.corrupt == report.quarantined == ()
     assert report.parts == 1
+
+
+def again(store: Store, *numbers: int) -> None:
+    """Extract some utterances once more."""
+    with Store(store.path).writer() as writer:
+        for number in numbers:
+            writer.add(KEYS[number], 320 * number, arrays(number))
+
+
+def test_a_sound_part_that_took_the_place_of_a_damaged_one_stays(store, monkeypatch):
+    """Two repairs, and between them what the first has lost is extracted under the same name."""
+    before, name = content(store), part_of(store, KEYS[5])
+    (name / "zarr.json").write_bytes(b"{")
+    real = _Verifier._repair
+
+    def overtaken(self, examined, facts):
+        if not examined.faults:
+            return real(self, examined, facts)
+        monkeypatch.setattr(_Verifier, "_repair", real)
+        check(store, repair=True)
+        assert not name.exists()
+        again(store, 4, 5, 6)
+        assert name.exists()
+        return real(self, examined, facts)
+
+    monkeypatch.setattr(_Verifier, "_repair", overtaken)
+    report = check(store, repair=True)
+    assert report.quarantined == report.repaired == ()
+    assert check(store).corrupt == ()
+    assert content(store) == before
+
+
+def test_a_part_that_is_replaced_while_it_is_rewritten_is_not_taken_out(store, monkeypatch):
+    before, name = content(store), part_of(store, KEYS[5])
+    flip(name / "final/frames/c/0/0", 4000)
+    sound = shutil.copytree(name, store.path.parent / "sound")
+    flip(sound / "final/frames/c/0/0", 4000)
+    real = rewrite
+
+    def rewrite_and_replace(*args, **kwargs):
+        new = real(*args, **kwargs)
+        shutil.rmtree(name)
+        shutil.move(sound, name)
+        return new
+
+    monkeypatch.setattr("mer.cache.verify.rewrite", rewrite_and_replace)
+    report = check(store, repair=True)
+    assert len(report.corrupt) == 1
+    assert report.quarantined == ()
+    assert name.exists()
+    assert check(store).corrupt == ()
+    assert content(store) == before
+
+
+@pytest.mark.parametrize("times", [1, 99])
+def test_a_part_that_is_replaced_while_it_is_read_is_read_again(store, monkeypatch, times):
+    before, name = content(store), part_of(store, KEYS[5])
+    real, left = LocalRaw.read, [times]
+
+    def read(self, file, start=0, stop=None):
+        data = real(self, file, start, stop)
+        if name.name in file and file.endswith("input_length/c/0") and left[0]:
+            left[0] -= 1
+            shutil.copytree(name, store.path.parent / "other")
+            shutil.rmtree(name)
+            shutil.move(store.path.parent / "other", name)
+            data = data.copy()
+            data[0] ^= 1  # half of the one, half of the other
+        return data
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalRaw, "read", read)
+        report = check(store, repair=True)
+    assert report.corrupt == report.quarantined == report.repaired == ()
+    assert any("again and again" in note for note in report.notes) == (times > 1)
+    assert content(store) == before
+
+
+def test_mending_does_not_bring_a_part_back_that_was_removed(store):
+    part = parts(store)[0]
+    shutil.rmtree(part)
+    with pytest.raises(StoreError, match="Cannot write to .*: No such file"):
+        LocalRaw(store.path).replace(f"parts/{part.name}/final/zarr.json", [b"{}"])
+    assert not part.exists()
+
+
+def test_a_store_that_was_renamed_or_linked_is_no_damage(store, tmp_path):
+    before = content(store)
+    store.path.rename(tmp_path / "features")
+    assert check(Store(tmp_path / "features"), repair=True).corrupt == ()
+    store.path.symlink_to(tmp_path / "features")
+    linked = Store(tmp_path / "cache" / store.name)
+    assert check(linked, repair=True).corrupt == ()
+    flip(next((tmp_path / "features/parts").glob("*/final/pooled/c/0/0/0")), 5)
+    assert len(check(linked, repair=True).repaired) == 1
+    assert content(store) == before
+
+
+def test_a_damaged_part_whose_name_a_rewritten_one_wants_is_not_lost(store):
+    """Three parts in a circle: each holds what the next one's name stands for."""
+    again(store, *range(7))
+    before = content(store)
+    place, stored = store.place, store.fingerprint
+    with PartWriter(place, SPEC, stored, lambda key: False, lambda: None) as writer:
+        for number in (0, 5):
+            writer.add(KEYS[number], 320 * number, arrays(number))
+    a, b, c = parts(store)
+    exchange(a, b)
+    exchange(b, c)
+    assert repaired(store, before) == set()
+    assert content(store) == before
 
 
 def refuse(monkeypatch: pytest.MonkeyPatch, code: int, chosen: Callable[[str], bool]) -> None:
