@@ -12,8 +12,8 @@ Modules are imported when their format is asked for.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,10 +31,21 @@ _HERE = "mer.cache.exchange"
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """A layout: where its function is, and what it looks like in a few words."""
+    """A layout.
+
+    Parameters
+    ----------
+    function : str
+        ``module:function``.
+    summary : str
+        What it looks like in a few words.
+    takes : mapping of str to str
+        Options that have a value in text, and what that value is.
+    """
 
     function: str
     summary: str
+    takes: Mapping[str, str] = field(default_factory=dict)
 
     def load(self) -> Callable[..., Any]:
         """Return the function."""
@@ -43,7 +54,7 @@ class Format:
         return found
 
     def options(self) -> tuple[str, ...]:
-        """Return the names of the options it takes."""
+        """Return the names of all options of the function, those that are no text, too."""
         parameters = inspect.signature(self.load()).parameters.values()
         return tuple(p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY)
 
@@ -53,27 +64,83 @@ EXPORTERS: dict[str, Format] = {
     "hdf5-utterances": Format(
         f"{_HERE}.hdf5:write_utterances", "one HDF5 file, one dataset per utterance"
     ),
-    "npy": Format(f"{_HERE}.npy:write", "MERTools' folders <model>-FRA or -UTT, a file each"),
-    "safetensors": Format(f"{_HERE}.tensors:write", "a folder of files up to 2 GiB"),
-    "parquet": Format(f"{_HERE}.arrow:write_parquet", "one file for Hugging Face datasets"),
-    "arrow": Format(f"{_HERE}.arrow:write_arrow", "one stream for Hugging Face datasets"),
-    "mmsa": Format(f"{_HERE}.mmsa:write", "MMSA's feature pickle, with a manifest's labels"),
+    "npy": Format(
+        f"{_HERE}.npy:write",
+        "MERTools' folders <model>-FRA or -UTT, a file each",
+        {"level": "FRA|UTT", "model": "NAME"},
+    ),
+    "safetensors": Format(
+        f"{_HERE}.tensors:write", "a folder of files up to 2 GiB", {"shard_bytes": "N"}
+    ),
+    "parquet": Format(
+        f"{_HERE}.arrow:write_parquet", "one file for Hugging Face datasets", {"block_bytes": "N"}
+    ),
+    "arrow": Format(
+        f"{_HERE}.arrow:write_arrow", "one stream for Hugging Face datasets", {"block_bytes": "N"}
+    ),
+    "mmsa": Format(
+        f"{_HERE}.mmsa:write",
+        "MMSA's feature pickle, with a manifest's labels",
+        {"modality": "audio|text|vision", "max_frames": "N"},
+    ),
 }
 
 IMPORTERS: dict[str, Format] = {
     "hdf5": Format(f"{_HERE}.hdf5:read", "an HDF5 file, flat or a dataset per utterance"),
-    "npy": Format(f"{_HERE}.npy:read", "a folder of .npy files"),
+    "npy": Format(f"{_HERE}.npy:read", "a folder of .npy files", {"level": "FRA|UTT"}),
     "safetensors": Format(f"{_HERE}.tensors:read", "a file or folder of safetensors"),
-    "parquet": Format(f"{_HERE}.arrow:read", "a Parquet file"),
-    "arrow": Format(f"{_HERE}.arrow:read", "an Arrow stream or file"),
+    "parquet": Format(f"{_HERE}.arrow:read", "a Parquet file", {"id_column": "NAME"}),
+    "arrow": Format(f"{_HERE}.arrow:read", "an Arrow stream or file", {"id_column": "NAME"}),
     "emotion2vec": Format(f"{_HERE}.emotion2vec:read", "train.npy with train.lengths"),
     "pt": Format(f"{_HERE}.torch_pt:read", "a folder of .pt files, or one with a dict"),
     "mmsa": Format(f"{_HERE}.mmsa:read", "MMSA's feature pickle"),
     "conversations": Format(
-        f"{_HERE}.conversations:read", "the pickles of DialogueRNN, COSMIC and their kin"
+        f"{_HERE}.conversations:read",
+        "the pickles of DialogueRNN, COSMIC and their kin",
+        {"pattern": "{dialogue}_{turn}"},
     ),
 }
 IMPORTERS["hdf5-utterances"] = IMPORTERS["hdf5"]
+EVERY_IMPORT = {
+    "outputs": "NAME,…",
+    "dtype": "auto|float16|float32",
+    "rate_hz": "HZ",
+    "num_codes": "N",
+}
+"""Options that every import takes, and what their values are."""
+
+
+def check_options(
+    kind: str, format: str, table: Mapping[str, Format], given: Iterable[str]
+) -> None:
+    """Refuse options that a user cannot give to a format in text.
+
+    Parameters
+    ----------
+    kind : str
+        ``"export format"`` or ``"import format"``, for the message.
+    format : str
+        Row of ``table``.
+    table : mapping
+        `EXPORTERS` or `IMPORTERS`.
+    given : iterable of str
+        Names of options.
+
+    Raises
+    ------
+    UnknownNameError
+        An unknown format or option.
+    UsageError
+        An option of a format that has none.
+    """
+    if format not in table:
+        raise UnknownNameError(kind, format, table)
+    takes = [*table[format].takes, *(EVERY_IMPORT if table is IMPORTERS else ())]
+    for option in given:
+        if not takes:
+            raise UsageError(f"The {kind} {format!r} has no options: leave out {option!r}.")
+        if option not in takes:
+            raise UnknownNameError(f"option of the {kind} {format!r}", option, takes)
 
 
 def export(

@@ -17,6 +17,9 @@ import numpy as np
 
 from mer.cache.errors import UsageError
 from mer.cache.exchange.incoming import DEFAULT_OUTPUT, Incoming, Skipped, Utterance, Wanted
+from mer.cache.exchange.npy import open_array
+
+_MAX_DIGITS = 18  # fits int64
 
 
 def read(source: Path) -> Incoming:
@@ -35,17 +38,18 @@ def read(source: Path) -> Incoming:
     frames_path = _frames_path(source)
     lengths_path = frames_path.with_suffix(".lengths")
     frames = _frames(frames_path)
-    try:
-        lengths = np.array([int(line) for line in _lines(lengths_path) if line], np.int64)
-    except ValueError as error:
-        raise UsageError(f"{lengths_path} is no list of numbers: {error}.") from error
-    offsets = np.zeros(len(lengths) + 1, np.int64)
-    np.cumsum(lengths, out=offsets[1:])
-    if (lengths < 0).any() or offsets[-1] != len(frames):
+    lines = [line for line in _lines(lengths_path) if line]
+    bad = next((line for line in lines if _count(line) is None), None)
+    if bad is not None:
+        raise UsageError(f"{lengths_path} is no list of numbers of frames: {bad[:40]!r}.")
+    lengths = [int(line) for line in lines]
+    if sum(lengths) != len(frames):
         raise UsageError(
-            f"{lengths_path} counts {offsets[-1]} frames, {frames_path} holds {len(frames)}: they "
+            f"{lengths_path} counts {sum(lengths)} frames, {frames_path} holds {len(frames)}: they "
             "do not belong together."
         )
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
     files = {".npy": frames_path, ".lengths": lengths_path}
     ids, samples, extra = _ids(frames_path, len(lengths))
     if extra is not None:
@@ -81,12 +85,17 @@ def _frames_path(source: Path) -> Path:
 
 def _frames(path: Path) -> np.ndarray:
     try:
-        frames = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        frames = open_array(path)
+    except ValueError as error:
         raise UsageError(f"{path} cannot be read as frames: {error}.") from error
-    if not isinstance(frames, np.ndarray) or frames.ndim != 2:
+    if frames.ndim != 2:
         raise UsageError(f"{path} does not hold frames (F, D).")
     return frames
+
+
+def _count(text: str) -> int | None:
+    """Return a number of frames or samples, None if it is none that an array can have."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS else None
 
 
 def _lines(path: Path) -> list[str]:
@@ -105,7 +114,7 @@ def _ids(frames_path: Path, count: int) -> tuple[list[str], list[int], Path | No
     elif manifest.is_file():
         table = [line.split("\t") for line in _lines(manifest)[1:] if line]
         ids, path = [row[0] for row in table], manifest
-        samples = [int(row[1]) if len(row) > 1 and row[1].isdigit() else 0 for row in table]
+        samples = [(_count(row[1]) if len(row) > 1 else 0) or 0 for row in table]
     else:
         return [str(n) for n in range(count)], [], None
     if len(ids) != count:

@@ -5,8 +5,9 @@ how they were read, under a name that the user gives: never a model, a revision 
 
 ``imported:name=NAME,format=FORMAT,content=HEX,outputs=OUTPUT[,OUTPUT…]`` says all of it, and
 ``modality=text`` where keys are those of transcripts. FORMAT holds the options that the format was
-read with, ``;KEY=VALUE`` each. An OUTPUT is ``NAME/DIM/DTYPE/KIND/RATE/CODES``, fields left empty
-where they are usual: frames of float16 at no even rate.
+read with, ``+KEY=VALUE`` each, percent-encoded. Nothing in a feature string means anything to a
+shell. An OUTPUT is ``NAME/DIM/DTYPE/KIND/RATE/CODES``, fields left empty where they are usual:
+frames of float16 at no even rate.
 """
 
 from __future__ import annotations
@@ -99,7 +100,18 @@ def feature_string(spec: FeatureSpec) -> str:
     >>> feature_string(imported_spec("mine", "npy", "0" * 32, [output]))
     'imported:name=mine,format=npy,content=00000000000000000000000000000000,outputs=final/768///50'
     """
-    options = spec.identity["options"]
+    return feature_of(spec.identity)
+
+
+def feature_of(identity: Mapping[str, Any]) -> str:
+    """Return the same from an identity alone.
+
+    Raises
+    ------
+    KeyError
+        It is not that of imported features.
+    """
+    options = identity["options"]
     pieces = [f"{key}={options[key]}" for key in ("name", "format", "content")]
     pieces.append("outputs=" + ",".join(options["outputs"]))
     if options["modality"] != "audio":
@@ -113,9 +125,9 @@ def format_field(format: str, options: Mapping[str, Any]) -> str:
     Examples
     --------
     >>> format_field("conversations", {"pattern": "dia{dialogue},{turn}"})
-    'conversations;pattern=dia{dialogue}%2C{turn}'
+    'conversations+pattern=dia%7Bdialogue%7D%2C%7Bturn%7D'
     """
-    given = [f";{name}={quote(str(options[name]), safe='{}._-')}" for name in sorted(options)]
+    given = [f"+{name}={quote(str(options[name]), safe='')}" for name in sorted(options)]
     return format + "".join(given)
 
 

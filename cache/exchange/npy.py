@@ -16,6 +16,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ INDEX = "utterances.csv"
 _SAFE = " !#$&'()+,-;=@[]^_{}~"  # beside letters and digits; the rest is %XX, and % itself
 _MAX_NAME_BYTES = 240
 _POOL_BLOCK = 4096
+_MAGIC = b"\x93NUMPY"
 
 
 def safe_name(name: str) -> str:
@@ -85,33 +87,38 @@ def _file_names(ids: list[str]) -> list[str]:
 
 
 def write(
-    source: Outgoing, target: Path, overwrite: bool, *, level: str = "FRA", model: str = ""
+    source: Outgoing, target: Path, overwrite: bool, *, level: str = "", model: str = ""
 ) -> list[Path]:
-    """Write one folder per output below ``target``.
+    """Write one folder per output below ``target``; all appear at the end, or none.
 
     Parameters
     ----------
-    level : {"FRA", "UTT"}
-        Frames, or their mean.
+    level : {"FRA", "UTT"}, optional
+        Frames, or their mean; by default frames, and of an output that is one vector per utterance
+        that vector (D,), as UTT.
     model : str, default=slug of the store
         First part of the folders' names.
     """
-    level = level.upper()[:3]
-    if level not in LEVELS:
-        raise UsageError(f"level={level}, expected {' or '.join(LEVELS)}.")
+    chosen = level.upper()[:3]
+    if chosen and chosen not in LEVELS:
+        raise UsageError(f"level={chosen}, expected {' or '.join(LEVELS)}.")
+    levels = {o.name: chosen or ("UTT" if o.kind == "pooled" else "FRA") for o in source.outputs}
     model = model or source.store.spec.slug
     if not re.fullmatch(r"[^/\\\0]+", model) or model in (".", ".."):
         raise UsageError(f"model={model!r} cannot be the name of a folder.")
     files = _file_names(source.ids)
     folders: dict[str, Path] = {}
     for output in source.outputs:
+        level = levels[output.name]
         if level == "UTT" and output.kind == "codes":
             raise UsageError(f"Output {output.name!r} holds codes, which have no mean: level=FRA.")
         parts = [model, *([output.name] if len(source.outputs) > 1 else []), level]
         folders[output.name] = target / "-".join(parts)
         check_free(folders[output.name], overwrite)
-    for output in source.outputs:
-        with appearing(folders[output.name], overwrite) as temporary:
+    with ExitStack() as stack:
+        for output in source.outputs:
+            level = levels[output.name]
+            temporary = stack.enter_context(appearing(folders[output.name], overwrite))
             temporary.mkdir()
             arrays = _means(source, output) if level == "UTT" else source.scan(output.name)
             for place, array in arrays:
@@ -170,6 +177,8 @@ def _write_index(source: Outgoing, files: list[str], path: Path) -> None:
 def read(folder: Path, *, level: str = "") -> Incoming:
     """Find the .npy files of a folder; an id is the path below it, without suffix.
 
+    A folder that holds nothing but one ``<model>-FRA`` or ``<model>-UTT`` stands for that one.
+
     Parameters
     ----------
     level : {"FRA", "UTT"}, optional
@@ -179,13 +188,14 @@ def read(folder: Path, *, level: str = "") -> Incoming:
     Raises
     ------
     UsageError
-        No folder, or no .npy file in it.
+        No folder, no .npy file in it, or several folders of features.
     """
-    level = level.upper()[:3] or re.sub(r".*(?:^|-)(FRA|UTT)$|.*", r"\1", folder.name)
-    if level and level not in LEVELS:
-        raise UsageError(f"level={level}, expected {' or '.join(LEVELS)}.")
     if not folder.is_dir():
         raise UsageError(f"{folder} is no folder; expected one with .npy files, e.g. wavlm-UTT.")
+    folder = _feature_folder(folder)
+    level = level.upper()[:3] or _level_of(folder)
+    if level and level not in LEVELS:
+        raise UsageError(f"level={level}, expected {' or '.join(LEVELS)}.")
     provenance = parse_provenance(_bytes(folder / PROVENANCE))
     index = _read_index(folder / INDEX) if provenance else {}
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*.npy"))}
@@ -215,6 +225,22 @@ def read(folder: Path, *, level: str = "") -> Incoming:
     )
 
 
+def _level_of(folder: Path) -> str:
+    return re.sub(r".*(?:^|-)(FRA|UTT)$|.*", r"\1", folder.name)
+
+
+def _feature_folder(folder: Path) -> Path:
+    """Return the folder whose files are utterances: the one given, or the only one in it."""
+    if _level_of(folder) or any(folder.glob("*.npy")):
+        return folder
+    inner = sorted(path for path in folder.iterdir() if path.is_dir())
+    found = [path for path in inner if _level_of(path)]
+    if len(inner) > 1 and found:
+        names = ", ".join(path.name for path in found)
+        raise UsageError(f"{folder} holds folders of features: {names}. Import one of them.")
+    return found[0] if found else folder
+
+
 def _bytes(path: Path) -> bytes | None:
     try:
         return path.read_bytes()
@@ -241,9 +267,31 @@ def _read_index(path: Path) -> dict[str, dict[str, str]]:
 
 def _load(name: str, path: Path, output: str) -> Utterance | Skipped:
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)  # claims no memory
-    except (OSError, ValueError, EOFError) as error:
+        return Utterance(name, {output: open_array(path)}, path)
+    except ValueError as error:
         return Skipped(name, f"{path.name} cannot be read: {error}")
+
+
+def open_array(path: Path) -> np.ndarray:
+    """Return the array of a .npy file, mapped: it claims no memory.
+
+    Raises
+    ------
+    ValueError
+        Why not. What numpy says is not passed on: it advises to unpickle.
+    """
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except OSError as error:
+        raise ValueError(error.strerror or "it is damaged or cut short") from error
+    except (ValueError, EOFError) as error:
+        with open(path, "rb") as file:
+            is_npy = file.read(len(_MAGIC)) == _MAGIC
+        if not is_npy:
+            raise ValueError("it is no .npy file") from error
+        if "object" in str(error).lower():
+            raise ValueError("it holds Python objects, expected an array of numbers") from error
+        raise ValueError("it is damaged or cut short") from error
     if not isinstance(array, np.ndarray):
-        return Skipped(name, f"{path.name} holds no single array")
-    return Utterance(name, {output: array}, path)
+        raise ValueError("it is an archive of several arrays, expected a single one")
+    return array

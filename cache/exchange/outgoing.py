@@ -287,7 +287,8 @@ def check_free(target: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UsageError(
-            f"{target} exists already. Choose another name, or allow it to be overwritten."
+            f"{target} exists already. Choose another name, or replace it with --overwrite "
+            "(overwrite=True in Python)."
         )
     if target.is_dir() and not (target / PROVENANCE).is_file():
         raise UsageError(

@@ -6,6 +6,8 @@ plain containers are read: ``torch.load`` with ``weights_only=True`` runs nothin
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from mer.cache.exchange.incoming import (
 )
 
 SUFFIXES = (".pt", ".pth")
+_REFUSED = re.compile(r"GLOBAL ([A-Za-z_][\w.]{0,80})")
 
 
 def read(source: Path) -> Incoming:
@@ -78,11 +81,15 @@ def _load(path: Path) -> Any:
     import torch
 
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises what it likes on files that are not its own
-        first = next(iter(str(error).splitlines()), type(error).__name__)
+        # Not in torch's words, which advise to run what the file says.
+        refused = _REFUSED.search(str(error))
+        reason = f"it refers to {refused[1]}" if refused else "it is damaged, or something else"
         raise UsageError(
-            f"{path} cannot be read as tensors alone: {first[:200]} Save the tensors themselves "
+            f"{path} cannot be read as tensors alone: {reason}. Save the tensors themselves "
             "(torch.save of a tensor, or of a dict of tensors), or convert to .npy."
         ) from error
 

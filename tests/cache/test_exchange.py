@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import shlex
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,8 +36,10 @@ from mer.cache.exchange import EXPORTERS, IMPORTERS, export, import_, incoming, 
 from mer.cache.exchange.npy import safe_name
 from mer.cache.exchange.pickling import Streamed, dump
 from mer.cache.home import Cache
+from mer.cache.identity import fingerprint
 from mer.cache.spec import FeatureSpec, OutputSpec
 from mer.cache.store import Store
+from mer.extract.registry import create
 
 SPEC = FeatureSpec(
     slug="test",
@@ -605,13 +608,17 @@ def test_what_cannot_be_used_is_left_out_with_its_reason(cache, tmp_path):
     np.savez(folder / "archive", good["good3"])
     (folder / "archive.npz").rename(folder / "archive.npy")
     np.save(folder / "object.npy", np.array([{}], object), allow_pickle=True)
+    (folder / "pickle.npy").write_bytes(pickle.dumps({}))
     report = import_(folder, "npy", cache, name="theirs")
     reasons = {skipped.id: skipped.reason for skipped in report.skipped}
     output = report.store.spec.output("features")
     assert (output.dim, output.dtype, output.kind) == (4, "float16", "frames")
     assert (report.added, report.linked) == (6, "ids")
-    assert reasons.pop("cut").startswith("cut.npy cannot be read: ")
-    assert reasons.pop("object").startswith("object.npy cannot be read: ")
+    assert reasons.pop("cut") == "cut.npy cannot be read: it is damaged or cut short"
+    assert reasons.pop("pickle") == "pickle.npy cannot be read: it is no .npy file"
+    assert reasons.pop("object") == (
+        "object.npy cannot be read: it holds Python objects, expected an array of numbers"
+    )
     assert reasons == {
         "nan": "features: NaN or an infinity in 1 of 3 frames",
         "inf": "features: NaN or an infinity in 1 of 1 frames",
@@ -619,7 +626,8 @@ def test_what_cannot_be_used_is_left_out_with_its_reason(cache, tmp_path):
         "deep": "features: it has the shape (2, 2, 4), expected (T, D)",
         "codes": "features: it holds int64, the others hold frames",
         "text": "features: it holds <U1, not numbers",
-        "archive": "archive.npy holds no single array",
+        "archive": "archive.npy cannot be read: it is an archive of several arrays, expected a "
+        "single one",
     }
     key = incoming.key_of_id("good3")
     np.testing.assert_array_equal(report.store.frames(key), good["good3"])
@@ -869,7 +877,7 @@ def test_emotion2vec_with_a_manifest_or_nothing_is_read(downstream, cache):
     numbered = import_(folder, "emotion2vec", cache, name="e2v")
     assert "ids are the numbers of the lines" in numbered.notes[0]
     np.testing.assert_array_equal(numbered.store.frames(incoming.key_of_id("2")), arrays[2])
-    (folder / "train.tsv").write_text("/data\nS1/a.wav\t960\nS1/b.wav\t50\nS1/c.wav\t1600\n")
+    (folder / "train.tsv").write_text("/data\nS1/a.wav\t960\nS1/b.wav\t²\nS1/c.wav\t1600\n")
     keys = {"a": b"a" * 16, "b": b"b" * 16, "c": b"c" * 16}
     report = import_(folder, "emotion2vec", cache, name="e2v", keys=keys)
     assert report.store.input_length([b"a" * 16, b"c" * 16]).tolist() == [960, 1600]
@@ -880,14 +888,17 @@ def test_emotion2vec_with_a_manifest_or_nothing_is_read(downstream, cache):
     [
         ("train.lengths", "3\n4\n", "counts 7 frames, .* holds 8"),
         ("train.lengths", "3\nx\n", "is no list of numbers"),
-        ("train.lengths", "9\n-1\n", "do not belong together"),
+        ("train.lengths", "9\n-1\n", "no list of numbers of frames: '-1'"),
+        ("train.lengths", "8\n" + "9" * 5000, "no list of numbers of frames: '9999"),
+        ("train.lengths", "8\n\u00b2\n", "no list of numbers of frames: '\u00b2'"),
+        ("train.lengths", ("9" * 18 + "\n") * 99, "do not belong together"),
         ("train.emo", "a ang\n", "names 1 utterances, the lengths are 3"),
         ("train.npy", "text", "cannot be read as frames"),
     ],
 )
 def test_files_of_emotion2vec_that_do_not_fit_are_refused(downstream, cache, file, text, message):
     folder, _ = downstream
-    (folder / file).write_text(text)
+    (folder / file).write_text(text, "utf-8")
     with pytest.raises(UsageError, match=message):
         import_(folder, "emotion2vec", cache, name="e2v")
 
@@ -906,6 +917,7 @@ def test_torch_tensors_are_read(cache, tmp_path):
     torch.save(torch.nn.Linear(1, 1), folder / "module.pt")
     report = import_(tmp_path / "pt", "pt", cache, name="authors")
     reasons = {skipped.id: skipped.reason for skipped in report.skipped}
+    assert not [reason for reason in reasons.values() if "weights_only" in reason]
     assert report.added == 2
     for name in ("S1/plain", "S1/wrapped"):
         key = incoming.key_of_id(name)
@@ -936,6 +948,70 @@ def test_one_file_of_torch_tensors_is_read_by_output(cache, tmp_path):
         import_(tmp_path / "list.pt", "pt", cache, name="authors")
 
 
+@pytest.mark.parametrize(
+    ("table", "format", "option", "message"),
+    [
+        (EXPORTERS, "hdf5", "overwrite", "The export format 'hdf5' has no options"),
+        (EXPORTERS, "mmsa", "labels", "Unknown option of the export format 'mmsa' 'labels'"),
+        (EXPORTERS, "npy", "modal", "Did you mean 'model'|Known: level, model"),
+        (IMPORTERS, "hdf5", "name", "'name'.*dtype, num_codes, outputs, rate_hz"),
+        (IMPORTERS, "npi", "level", "Unknown import format 'npi'. Did you mean 'npy'"),
+    ],
+)
+def test_only_the_options_of_a_format_are_given_in_text(table, format, option, message):
+    kind = "export format" if table is EXPORTERS else "import format"
+    with pytest.raises(UsageError, match=message):
+        exchange.check_options(kind, format, table, [option])
+    for name, known in table.items():
+        exchange.check_options(kind, name, table, known.takes)
+    if table is IMPORTERS:
+        exchange.check_options(kind, "hdf5", table, exchange.EVERY_IMPORT)
+
+
+def test_vectors_go_out_as_mertools_reads_them(filled, cache, tmp_path):
+    report = export(filled, tmp_path / "out", "npy", ids=IDS)
+    assert [path.name for path in report.paths] == [
+        "test-final-FRA",
+        "test-code-FRA",
+        "test-functionals-UTT",
+    ]
+    (key, name), *_ = IDS.items()
+    vector = np.load(report.paths[2] / f"{safe_name(name)}.npy")
+    np.testing.assert_array_equal(vector, filled.frames(key, "functionals")[0])
+    back = import_(report.paths[2], "npy", cache, name="back", keys=KEYS)
+    assert back.store.spec.outputs[0].columns == ("a", "b")
+    assert_same(back.store, filled, ("functionals",), exact=True)
+
+
+def test_folders_of_one_export_appear_together(filled, tmp_path):
+    def stop(_: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt, match="^$"):
+        export(filled, tmp_path / "out", "npy", progress=stop)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not list(tmp_path.rglob("test-*-FRA"))
+
+
+def test_a_folder_around_the_features_is_looked_into(cache, tmp_path):
+    inner = folder_of(tmp_path / "around", {"a": halves(3, 4)})
+    direct = import_(inner, "npy", cache, name="direct")
+    around = import_(tmp_path / "around", "npy", cache, name="direct")
+    assert (around.feature, around.present) == (direct.feature, 1)
+    folder_of(tmp_path / "around", {"a": halves(4)}, "hubert-UTT")
+    with pytest.raises(UsageError, match="hubert-FRA, hubert-UTT. Import one of them"):
+        import_(tmp_path / "around", "npy", cache, name="direct")
+
+
+def test_no_feature_string_needs_quotes(cache, tmp_path):
+    path = tmp_path / "icon.pkl"
+    path.write_bytes(pickle.dumps({f"dia{n}": [np.ones(3), np.ones(3)] for n in range(2)}))
+    options = {"pattern": "a; b&c=$(d),+{dialogue}'{turn}"}
+    report = import_(path, "conversations", cache, name="icon", **options)
+    assert shlex.quote(report.feature) == report.feature
+    assert fingerprint(create(report.feature).spec.identity) == report.store.fingerprint
+
+
 def test_a_hostile_torch_file_runs_nothing(cache, tmp_path):
     import torch
 
@@ -946,7 +1022,9 @@ def test_a_hostile_torch_file_runs_nothing(cache, tmp_path):
             return os.system, (f"touch {canary}",)
 
     torch.save({"u": Touch()}, tmp_path / "bad.pt")
-    with pytest.raises(UsageError, match=r"bad\.pt cannot be read as tensors alone"):
+    with pytest.raises(
+        UsageError, match=r"bad\.pt cannot be read as tensors alone: it refers to \w+\.system\."
+    ):
         import_(tmp_path / "bad.pt", "pt", cache, name="authors")
     assert not canary.exists()
 
@@ -1205,7 +1283,7 @@ def test_dialogues_with_numbers_for_ids_are_told_apart(cache, tmp_path):
         report = import_(path, "conversations", cache, name="meld", **options)
         frames = report.store.frames(incoming.key_of_id(name), "text")
         np.testing.assert_array_equal(frames, [[12] * 4])
-    assert "format=conversations;pattern=dia{dialogue}_utt{turn}," in report.feature
+    assert "format=conversations+pattern=dia%7Bdialogue%7D_utt%7Bturn%7D," in report.feature
     roberta = (plain, plain, vectors, vectors, vectors, vectors, plain, [0], [1], [1])
     path.write_bytes(pickle.dumps(roberta))
     report = import_(path, "conversations", cache, name="cosmic")
@@ -1329,5 +1407,7 @@ def test_every_format_can_be_loaded_and_lists_its_options():
     for table in (EXPORTERS, IMPORTERS):
         for format in table.values():
             assert callable(format.load())
-            assert isinstance(format.options(), tuple)
+            assert set(format.options()) - set(format.takes) <= {"labels", "also"}
+            assert set(format.takes) <= set(format.options())
+            assert "=" not in "".join(format.takes)
     assert exchange.EXPORTERS["npy"].options() == ("level", "model")

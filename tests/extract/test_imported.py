@@ -63,7 +63,7 @@ def test_the_string_says_all_that_the_store_is():
     [
         ("name", "other"),
         ("format", "hdf5"),
-        ("format", "npy;level=UTT"),
+        ("format", "npy+level=UTT"),
         ("content", CONTENT[::-1]),
         ("modality", "text"),
         ("outputs", "final/768///50"),
