@@ -731,7 +731,8 @@ class _Work:
     def _present(self, store: Store, step: Step) -> list[PartReader]:
         """Return readers of the parts that are still those that were looked at."""
         # Theirs are the manifests of the plan only if that holds after they were read.
-        readers = [part for part in _readers(store, step.parts) if part is not None]
+        names = [name for name in step.parts if self._is_as_planned(store, step, name)]
+        readers = [part for part in _readers(store, names) if part is not None]
         return [part for part in readers if self._is_as_planned(store, step, part.id)]
 
     def _remove(self, store: Store, step: Step, part: PartReader) -> bool:

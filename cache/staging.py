@@ -85,6 +85,12 @@ def _advice(store: Path | str, error: OSError) -> str:
             f"{store} was removed meanwhile, by `mer cache gc` or by hand. What was not committed "
             "is not kept; run the same command again."
         )
+    built = f"{temporary_folder(Path(store))}{os.sep}"
+    if error.errno == errno.ENOENT and is_local and str(error.filename).startswith(built):
+        return (
+            f"Cannot write to {store}: {error.filename}, which was being built, was removed by "
+            "someone else. Run the same command again."
+        )
     at = f" ({error.filename})" if error.filename else ""
     return (
         f"Cannot write to {store}: {error.strerror or error}{at}. "

@@ -510,13 +510,13 @@ class _Verifier:
             return self._quarantine(part)
         todo = [f for f in examined.faults if f.mend is not None and f.file not in mended]
         for fault in todo:
-            if not mended and not self._is_as_examined(part):
+            if fault is todo[0] and not self._is_as_examined(part):
                 return False
             self._mend(f"{layout.PARTS}/{part}/{fault.file}", fault)
             mended.add(fault.file)
         if all(fault.mend is not None for fault in examined.faults):
             return True
-        if todo:
+        if todo or not self._is_as_examined(part):
             return False
         rows = np.flatnonzero(examined.sound())
         if len(rows):

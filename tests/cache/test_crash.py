@@ -271,6 +271,19 @@ def test_a_writer_whose_store_was_removed_is_told_so(tmp_path):
     assert not store.path.exists()
 
 
+def test_a_writer_whose_unfinished_part_was_removed_is_told_so(tmp_path, monkeypatch):
+    store = opened(tmp_path)
+    real = staging._sync_all
+
+    def sync_and_remove(paths):
+        real(paths)
+        shutil.rmtree(staging.temporary_folder(store.path))
+
+    monkeypatch.setattr(staging, "_sync_all", sync_and_remove)
+    with pytest.raises(StoreError, match="content, which was being built, was removed.* again"):
+        add(store, 1)
+
+
 @pytest.mark.parametrize("allowed", [0, 2])
 def test_without_threads_everything_is_synced_all_the_same(tmp_path, monkeypatch, allowed):
     store = opened(tmp_path)

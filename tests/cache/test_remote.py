@@ -18,6 +18,7 @@ import pytest
 from s3_server import S3, Answer, Gateway, Request, s3, serve_folder, settings
 
 from mer.cache import clients, layout, localcopy, nearby, objects, remote
+from mer.cache.collect import _utterances, plan, run
 from mer.cache.errors import (
     DamagedStoreError,
     MissingDependencyError,
@@ -29,8 +30,10 @@ from mer.cache.home import Cache, open_store
 from mer.cache.localcopy import LocalCopy, local_copy
 from mer.cache.objects import Bucket, Span, plan_requests
 from mer.cache.remote import ObjectPlace, parts_list
+from mer.cache.rewrite import rewrite
 from mer.cache.spec import FeatureSpec, OutputSpec
 from mer.cache.store import Store
+from mer.cache.verify import _Verifier, verify
 
 SPEC = FeatureSpec(
     slug="test",
@@ -601,6 +604,58 @@ def test_threads_that_want_the_same_fetch_it_once(store: Store, bucket: S3, cont
     assert not failed
     stored = sum(part.shard("final").num_chunks * CHUNK_BYTES for part in store.readers())
     assert sum(r.bytes for r in bucket.gateway.requests("GET", data=True)) <= stored
+
+
+# -- care ------------------------------------------------------------------------------------------
+
+
+def generated_anew(store: Store, part: str, generation: int) -> None:
+    """Put a part of the same bytes, and so of the same name, in the place of one."""
+    (reader,) = [p for p in store.readers() if p.id == part]
+    its = list(_utterances([reader], {part: np.arange(reader.num_utterances)}, store))
+    store.place.remove(part)
+    (name,) = rewrite(store.place, SPEC, store.fingerprint, its, generation=generation)
+    assert name == part
+
+
+@pytest.mark.parametrize("extractors", [("test",), ()], ids=["drop store", "drop parts"])
+def test_part_that_was_committed_anew_since_the_plan_stays(
+    store: Store, bucket: S3, content: Content, extractors: tuple[str, ...]
+):
+    fresh = store.parts()[0].id
+    criteria = {"extractors": extractors} if extractors else {"keep": set[bytes]()}
+    gc = plan(Cache(bucket.url), compact=False, **criteria)  # type: ignore[arg-type]
+    assert gc.utterances == len(content)
+    generated_anew(store, fresh, 1)
+    report = run(gc)
+    assert report.stores_dropped == 0
+    assert f"part {fresh} stays" in report.notes[0]
+    left = reopened(store)
+    assert [part.id for part in left.parts()] == [fresh]
+    assert report.utterances == len(content) - len(left)
+
+
+def test_part_that_was_committed_anew_since_it_was_examined_is_not_taken_out(
+    store: Store, bucket: S3, content: Content, monkeypatch: pytest.MonkeyPatch
+):
+    name = frames_of(store)
+    part = store.parts()[0].id
+    sound = bucket.object(name)
+    damaged = bytearray(sound)
+    damaged[100] ^= 1
+    bucket.object(name, bytes(damaged))
+    real = _Verifier._repair
+
+    def overtaken(self, examined, facts):
+        if examined.part == part:
+            bucket.object(name, sound)
+        return real(self, examined, facts)
+
+    monkeypatch.setattr(_Verifier, "_repair", overtaken)
+    report = verify([Store(store.url)], repair=True)
+    assert len(report.corrupt) == 1
+    assert report.quarantined == report.repaired == ()
+    check(reopened(store), content)
 
 
 # -- local copy ------------------------------------------------------------------------------------
