@@ -7,7 +7,6 @@ progress and messages go to stderr. Nothing heavy is imported before a command r
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import json
 import logging
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 import click
 
 from mer import __version__
-from mer.cache.errors import MerError
+from mer.cache.errors import DamagedStoreError, MerError, StoreFormatError
 from mer.pipelines.tables import size, table
 
 if TYPE_CHECKING:
@@ -571,7 +570,11 @@ def _chosen(names: Sequence[str], opened: Cache) -> list[Store]:
     """Return the stores that are named, or all of the cache."""
     from mer.pipelines.caching import find_store
 
-    return [find_store(name, opened) for name in names] if names else opened.stores()
+    if not names:
+        return opened.stores()
+    return list(
+        {store.url: store for store in (find_store(name, opened) for name in names)}.values()
+    )
 
 
 @cache.command(
@@ -603,11 +606,11 @@ Examples:
 @json_option
 def cache_info(store: str, cache_url: str | None, as_json: bool) -> int:
     """Show everything a STORE knows of itself: provenance, licence, fingerprint, outputs, size."""
-    from mer.pipelines.cache_report import info_text
+    from mer.pipelines.cache_report import info_result, info_text
     from mer.pipelines.caching import find_store
 
     info = find_store(store, _cache(cache_url)).info()
-    _emit(dataclasses.asdict(info), as_json, lambda: info_text(info))
+    _emit(info_result(info), as_json, lambda: info_text(info))
     for reason in info.damage:
         click.echo(f"damaged: {reason}", err=True)
     return 4 if info.damage else 0
@@ -648,6 +651,8 @@ def cache_verify(
     from mer.pipelines.cache_report import verify_result, verify_text
 
     opened = _cache(cache_url)
+    if not stores and opened.is_local and not opened.root.is_dir():
+        raise click.UsageError(f"There is no cache at {opened.url}. Check --cache.")
     chosen = _chosen(stores, opened)
     keys = _keys_of(dataset, root, opened)
     with _counting("verify", total_bytes(chosen), size) as progress:
@@ -783,6 +788,16 @@ def cache_du(stores: tuple[str, ...], cache_url: str | None, as_json: bool) -> i
     return 0
 
 
+@contextmanager
+def _called(argument: str) -> Iterator[None]:
+    """Let errors about a cache speak of the argument that names it here."""
+    try:
+        yield
+    except MerError as error:
+        error.args = (str(error).replace("another --cache", f"another {argument}"),)
+        raise
+
+
 @cache.command(
     "cp",
     epilog="""\b
@@ -814,13 +829,22 @@ def cache_cp(source: str, target: str, web: bool, cache_url: str | None, as_json
     from mer.pipelines.cache_report import copy_result, copy_text
     from mer.pipelines.caching import find_stores, num_bytes
 
-    sources = find_stores(source, _cache(cache_url))
-    into = _cache(target)
-    with _counting("copy", num_bytes(sources), size) as progress:
-        reports = [copy(store, into, progress=progress) for store in sources]
+    with _called("SOURCE"):
+        sources = find_stores(source, _cache(cache_url))
+    with _called("TARGET"):
+        into = _cache(target)
+    reports, damaged = [], []
+    with _called("TARGET"), _counting("copy", num_bytes(sources), size) as progress:
+        for store in sources:
+            try:
+                reports.append(copy(store, into, progress=progress))
+            except (DamagedStoreError, StoreFormatError) as error:
+                if len(sources) == 1:
+                    raise
+                damaged.append(str(error))
     for report in reports if web else ():
         write_parts_list(Store(report.store))
-    result = copy_result(reports)
+    result = copy_result(reports, damaged)
     _emit(result, as_json, lambda: copy_text(result))
     for reason in result["damaged"]:
         click.echo(f"damaged, not copied: {reason}", err=True)
@@ -946,8 +970,9 @@ def cache_import(
     """
     from mer.cache.exchange import import_
     from mer.pipelines.cache_report import import_result, import_text
-    from mer.pipelines.caching import parse_options
+    from mer.pipelines.caching import import_options
 
+    chosen = import_options(layout, options)
     opened = _cache(cache_url)
     keys = _keys_of(dataset, root, opened)
     modality = "text" if text or (keys is not None and keys.modality == "text") else "audio"
@@ -961,7 +986,7 @@ def cache_import(
             licence=licence,
             modality=modality,
             progress=progress,
-            **parse_options(options),
+            **chosen,
         )
     failures = () if keys is None else keys.failures
     _show_failures(failures)

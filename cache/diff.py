@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from mer.cache.store import Store
 
 _BATCH_BYTES = 32 << 20
-_MISSING = object()
+ABSENT = "absent"
+"""Stands for the value of what one of the stores does not have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,34 +50,38 @@ class StoreDiff:
     a, b : str
         Paths or URLs.
     identity : dict of str to tuple
-        Keys of the identities that differ, nested ones joined by dots, and both values; None where
-        there is none.
+        Keys of the identities that differ, nested ones joined by dots, and both values; ``ABSENT``
+        where there is none.
     outputs : dict of str to tuple
-        Outputs that cannot be compared, or differ in what they declare: both descriptions, None
-        where a store has no such output.
+        Outputs that cannot be compared, or differ in what they declare: both descriptions,
+        ``ABSENT`` where a store has no such output.
     only_in_a, only_in_b : tuple of bytes
         Keys.
     compared : tuple of str
         Outputs whose values were compared.
     different : dict of str to list of Difference
         By output, largest first; only outputs that differ.
-    same : int
-        Utterances in both whose compared outputs are equal, bit for bit but for their type.
+    in_both : int
+        Utterances that both hold.
+    same : int or None
+        Those of them whose compared outputs are equal, bit for bit but for their type; None where
+        no values were compared.
     """
 
     a: str
     b: str
     identity: dict[str, tuple[Any, Any]]
-    outputs: dict[str, tuple[str | None, str | None]]
+    outputs: dict[str, tuple[str, str]]
     only_in_a: tuple[bytes, ...]
     only_in_b: tuple[bytes, ...]
     compared: tuple[str, ...]
     different: dict[str, list[Difference]]
-    same: int
+    in_both: int
+    same: int | None
 
     @property
     def equal(self) -> bool:
-        """Whether nothing differs."""
+        """Whether nothing that was compared differs."""
         return not (
             self.identity or self.outputs or self.only_in_a or self.only_in_b or self.different
         )
@@ -96,7 +101,7 @@ def diff(
     a, b : Store
         Any two.
     values : bool, default=True
-        Read and compare frames; else all utterances in both count as the same.
+        Read and compare frames.
     progress : callable, optional
         Called with the number of utterances compared since the last call.
 
@@ -119,6 +124,7 @@ def diff(
                     unequal.update(d.key for d in found)
             if progress is not None:
                 progress(len(batch))
+    compared = tuple(comparable) if values else ()
     for found in different.values():
         found.sort(key=lambda d: (-d.largest, d.key))
     return StoreDiff(
@@ -128,9 +134,10 @@ def diff(
         outputs=outputs,
         only_in_a=tuple(key for key in ours if key not in theirs),
         only_in_b=tuple(key for key in theirs if key not in ours),
-        compared=tuple(comparable) if values else (),
+        compared=compared,
         different=different,
-        same=len(shared) - len(unequal),
+        in_both=len(shared),
+        same=len(shared) - len(unequal) if compared else None,
     )
 
 
@@ -171,10 +178,10 @@ def _compare(a: Store, b: Store, key: bytes, output: str) -> Difference | None:
 
 def _compare_outputs(
     a: tuple[OutputSpec, ...], b: tuple[OutputSpec, ...]
-) -> tuple[dict[str, tuple[str | None, str | None]], list[str]]:
+) -> tuple[dict[str, tuple[str, str]], list[str]]:
     """Return outputs that differ and those whose values can be compared."""
     ours, theirs = {o.name: o for o in a}, {o.name: o for o in b}
-    different: dict[str, tuple[str | None, str | None]] = {}
+    different: dict[str, tuple[str, str]] = {}
     comparable = []
     for name in [*ours, *(name for name in theirs if name not in ours)]:
         one, other = ours.get(name), theirs.get(name)
@@ -187,9 +194,9 @@ def _compare_outputs(
     return different, comparable
 
 
-def _described(output: OutputSpec | None) -> str | None:
+def _described(output: OutputSpec | None) -> str:
     if output is None:
-        return None
+        return ABSENT
     fields = layout.output_to_json(output)
     return ", ".join(f"{key} {value}" for key, value in fields.items() if key != "name")
 
@@ -198,12 +205,9 @@ def _compare_identities(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str,
     ours, theirs = dict(_flat(a)), dict(_flat(b))
     different = {}
     for path in sorted(ours.keys() | theirs.keys()):
-        one, other = ours.get(path, _MISSING), theirs.get(path, _MISSING)
+        one, other = ours.get(path, ABSENT), theirs.get(path, ABSENT)
         if type(one) is not type(other) or one != other:
-            different[path] = (
-                None if one is _MISSING else one,
-                None if other is _MISSING else other,
-            )
+            different[path] = (one, other)
     return different
 
 

@@ -56,6 +56,7 @@ _STATUS = re.compile(r"status code: (\d{3}) ?([A-Za-z -]*)")
 _CODE = re.compile(r"<Code>(\w+)</Code>")
 _NO_ROLE = ("169.254.169.254", "metadata.google.internal", "fd00:ec2")
 _PASSING = {408, 409, 425, 429}
+_NO_RANGES = "the server cannot serve ranges of a file"
 
 
 @dataclass(frozen=True, slots=True)
@@ -554,6 +555,11 @@ class _Failure:
 
     def advice(self, bucket: Bucket) -> str:
         prefix = "GOOGLE" if bucket.scheme == "gs" else "AWS"
+        if self.text == _NO_RANGES:
+            return (
+                "Serve the folder with a server that supports range requests: nginx, Apache, a "
+                "public bucket (Python's http.server does not)."
+            )
         if self.status in (401, 403):
             if bucket.is_web:
                 return "It is not public."
@@ -590,8 +596,8 @@ def _plain(raw: str) -> str:
         ("end of file before message length reached", "the body ended early"),
         ("error decoding response body", "the body ended early"),
         ("request or response body error", "the body ended early"),
-        ("range request not supported", "the server cannot serve ranges of a file"),
-        ("received non-partial response", "the server cannot serve ranges of a file"),
+        ("range request not supported", _NO_RANGES),
+        ("received non-partial response", _NO_RANGES),
     ):
         if needle in lower:
             return plain

@@ -9,7 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mer.pipelines.tables import size, table
+from mer.cache.diff import ABSENT
+from mer.cache.exchange.feature import EXTRACTOR, feature_of
+from mer.pipelines.tables import counted, size, table
 
 if TYPE_CHECKING:
     from mer.cache.collect import GcPlan, GcReport
@@ -23,6 +25,10 @@ if TYPE_CHECKING:
     from mer.extract.inputs import Failure
     from mer.pipelines.caching import DatasetKeys
 
+_BY_IDS = (
+    "linked by ids alone, which tell no recording, so that no recipe can use them: import with "
+    "--dataset to train from these features"
+)
 SHOWN = 10
 """Utterances named per line of text; JSON names all."""
 
@@ -74,18 +80,36 @@ def listing_text(result: Mapping[str, Any]) -> str:
     return table(["store", "utterances", "parts", "size", "outputs"], rows)
 
 
+def info_result(info: StoreInfo) -> dict[str, Any]:
+    """Return what `mer cache info` shows, with the feature string of imported features."""
+    return {**dataclasses.asdict(info), "feature": _imported_feature(info)}
+
+
+def _imported_feature(info: StoreInfo) -> str | None:
+    if info.identity is None or info.identity.get("extractor") != EXTRACTOR:
+        return None
+    try:
+        return feature_of(info.identity)
+    except (KeyError, TypeError):  # a store that claims to be one
+        return None
+
+
 def info_text(info: StoreInfo) -> str:
     """Return everything a store knows of itself."""
+    feature = _imported_feature(info)
     rows = [
         [name, o.kind, o.dim, o.rate_hz or "-", o.frames, " ".join(o.dtypes) or "-"]
         for name, o in info.outputs.items()
     ]
     lines = [
         info.path,
-        f"{info.utterances:,} utterances in {info.parts} parts, {size(info.bytes)}",
+        f"{counted(info.utterances, 'utterance')} in {counted(info.parts, 'part')}, "
+        f"{size(info.bytes)}",
         f"made {info.created or 'at an unknown time'}; licence: {info.licence or 'not stated'}",
         f"fingerprint {info.fingerprint or 'unknown'}",
     ]
+    if feature is not None:
+        lines.append(f"feature: {feature}")
     if info.source is not None:
         lines += ["imported:", *_indented(info.source)]
     lines += ["", table(["output", "kind", "dim", "Hz", "frames", "stored as"], rows)]
@@ -139,10 +163,12 @@ def verify_result(report: VerifyReport, keys: DatasetKeys | None) -> dict[str, A
 
 def verify_text(result: Mapping[str, Any]) -> str:
     """Return the findings, and what to do about them."""
+    if not result["stores"] and not result["corrupt"]:
+        return "Nothing to check: there are no stores."
+    found = counted(len(result["corrupt"]), "damaged file") if result["corrupt"] else "all sound"
     lines = [
-        f"{result['stores']} stores, {result['checked']} parts, {result['utterances']:,} "
-        f"utterances, {size(result['bytes'])}: "
-        + (f"{len(result['corrupt'])} damaged files" if result["corrupt"] else "all sound")
+        f"{counted(result['stores'], 'store')}, {counted(result['checked'], 'part')}, "
+        f"{counted(result['utterances'], 'utterance')}, {size(result['bytes'])}: {found}"
     ]
     for fault in result["corrupt"]:
         where = f"part {fault['part']}, " if fault["part"] else ""
@@ -154,12 +180,14 @@ def verify_text(result: Mapping[str, Any]) -> str:
     lines += [f"note: {note}" for note in result["notes"]]
     done = result["repaired"] or result["quarantined"]
     if result["corrupt"] and not done:
+        lost = len(result["lost"])
         lines.append(
-            f"{len(result['lost'])} utterances are lost. `mer cache verify --repair` takes out "
-            "what is damaged and nothing else."
+            f"{counted(lost, 'utterance')} {'is' if lost == 1 else 'are'} lost. "
+            "`mer cache verify --repair` takes out what is damaged and nothing else."
         )
     elif done and result["lost"]:
-        lines.append(f"`mer extract` computes the {len(result['lost'])} lost utterances again.")
+        lost_ones = counted(len(result["lost"]), "lost utterance")
+        lines.append(f"`mer extract` computes the {lost_ones} again.")
     return "\n".join(lines)
 
 
@@ -199,9 +227,9 @@ def usage_text(result: Mapping[str, Any]) -> str:
     return table(header, rows)
 
 
-def copy_result(reports: Sequence[CopyReport]) -> dict[str, Any]:
-    """Return what `mer cache cp` did."""
-    damaged = [reason for report in reports for reason in report.damaged]
+def copy_result(reports: Sequence[CopyReport], unreadable: Sequence[str] = ()) -> dict[str, Any]:
+    """Return what `mer cache cp` did; ``unreadable`` says why whole stores were left out."""
+    damaged = [*unreadable, *(reason for report in reports for reason in report.damaged)]
     return {"stores": [plain(report) for report in reports], "damaged": damaged}
 
 
@@ -250,7 +278,7 @@ def gc_text(result: Mapping[str, Any]) -> str:
         lines = [table(["store", "action", "parts", "utterances", "why"], rows), ""]
     verb = "would be" if result["dry_run"] else "were"
     freed = "about " * result["dry_run"] + size(result["bytes_freed"])
-    lines.append(f"{result['utterances']:,} utterances and {freed} {verb} removed")
+    lines.append(f"{counted(result['utterances'], 'utterance')} and {freed} {verb} removed")
     return "\n".join([*lines, *(f"note: {note}" for note in result["notes"])])
 
 
@@ -263,11 +291,11 @@ def export_text(result: Mapping[str, Any]) -> str:
     """Return what was written where."""
     frames = ", ".join(f"{name} {count:,}" for name, count in result["frames"].items())
     lines = [
-        f"{result['utterances']:,} utterances ({frames} frames), {size(result['bytes'])}, "
-        f"as {result['format']}"
+        f"{counted(result['utterances'], 'utterance')} ({frames} frames), "
+        f"{size(result['bytes'])}, as {result['format']}"
     ]
     if result["missing"]:
-        lines.append(f"{result['missing']:,} utterances of the data set are not in the store")
+        lines.append(f"not in the store: {counted(result['missing'], 'utterance')} of the data set")
     lines += [f"note: {note}" for note in result["notes"]]
     return "\n".join([*lines, *result["paths"]])
 
@@ -276,13 +304,15 @@ def import_result(report: ImportReport, failures: Sequence[Failure]) -> dict[str
     """Return what `mer cache import` brought."""
     fields = {f.name: getattr(report, f.name) for f in dataclasses.fields(report)}
     store = fields.pop("store")
+    if report.linked == "ids":
+        fields["notes"] = [*report.notes, _BY_IDS]
     return {"store": store.url, **plain(fields), "failures": _failures(failures)}
 
 
 def import_text(result: Mapping[str, Any]) -> str:
     """Return what came in and how to name it in a recipe."""
     lines = [
-        f"{result['utterances']:,} utterances: {result['added']:,} added, "
+        f"{counted(result['utterances'], 'utterance')}: {result['added']:,} added, "
         f"{result['present']:,} there before, {len(result['skipped']):,} left out"
     ]
     lines += [f"left out {s['id']}: {s['reason']}" for s in result["skipped"][:SHOWN]]
@@ -300,22 +330,28 @@ def diff_result(found: StoreDiff) -> dict[str, Any]:
 def diff_text(result: Mapping[str, Any]) -> str:
     """Return the differences, the largest first."""
     lines = [f"a: {result['a']}", f"b: {result['b']}"]
-    if result["equal"]:
-        compared = ", ".join(result["compared"]) or "values not compared"
-        return "\n".join([*lines, f"equal: {result['same']:,} utterances ({compared})"])
+    in_both = f"in both: {counted(result['in_both'], 'utterance')}"
+    if result["equal"] and result["compared"]:
+        compared = ", ".join(result["compared"])
+        return "\n".join([*lines, f"equal: {counted(result['same'], 'utterance')} ({compared})"])
     for kind in ("identity", "outputs"):
-        lines += [
-            f"{kind} {n}: {json.dumps(a)} ≠ {json.dumps(b)}" for n, (a, b) in result[kind].items()
-        ]
+        lines += [f"{kind} {n}: {_value(a)} ≠ {_value(b)}" for n, (a, b) in result[kind].items()]
     for which in ("only_in_a", "only_in_b"):
         if result[which]:
-            lines.append(f"{which.replace('_', ' ')}: {len(result[which]):,} utterances")
+            lines.append(f"{which.replace('_', ' ')}: {counted(len(result[which]), 'utterance')}")
     for output, rows in result["different"].items():
         worst = rows[0]
         lines.append(
-            f"{output}: {len(rows):,} utterances differ, most {worst['key']}, by {worst['largest']}"
+            f"{output}: {counted(len(rows), 'utterance')} with other values, most "
+            f"{worst['key']}, by {worst['largest']}"
         )
-    return "\n".join([*lines, f"same: {result['same']:,} utterances"])
+    if not result["compared"]:
+        return "\n".join([*lines, f"{in_both} (values not compared)"])
+    return "\n".join([*lines, in_both, f"same: {counted(result['same'], 'utterance')}"])
+
+
+def _value(value: Any) -> str:
+    return ABSENT if value == ABSENT else json.dumps(value)
 
 
 def _failures(failures: Sequence[Failure]) -> list[dict[str, Any]]:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mer.cache.errors import StoreError, UsageError
+from mer.cache.errors import StoreError, UnknownNameError, UsageError
+from mer.cache.exchange import EXPORTERS, IMPORTERS, check_options
 from mer.cache.exchange.feature import EXTRACTOR
 from mer.extract.inputs import Failure, resolve
 from mer.pipelines import corpora
@@ -186,19 +187,41 @@ def find_store(name: str, cache: Cache) -> Store:
     UsageError
         Several are meant.
     """
+    if not name.strip():
+        raise UsageError("The name of a store is empty. `mer cache ls` shows all.")
     if not is_place(name) and (name in cache.home.names() or not Path(name).is_dir()):
-        return cache[name]
+        return _by_name(name, cache)
     import mer.cache
 
     return mer.cache.open(name)
 
 
+def _by_name(name: str, cache: Cache) -> Store:
+    names = cache.home.names()
+    if not any(known.startswith(name) for known in names):
+        if not names:
+            raise UsageError(f"There is no store {name!r}: {cache.url} holds none.")
+        # Suggested without their digits, which nobody misspells and which make names unlike.
+        raise UnknownNameError("store", name, {_slug(known) for known in names}, "mer cache ls")
+    return cache[name]
+
+
+def _slug(store: str) -> str:
+    return store.rpartition("-")[0]
+
+
 def find_stores(name: str, cache: Cache) -> list[Store]:
-    """Return the stores that ``name`` means: as `find_store`, or all of a cache's path or URL."""
+    """Return the stores that ``name`` means: as `find_store`, or all of a cache's path or URL.
+
+    A bare name is that of a folder only if no store is called so.
+    """
     from mer.cache.home import Cache as AnyCache
     from mer.cache.place import is_store_name
 
-    if is_place(name) and not is_store_name(name.rstrip("/").rpartition("/")[2]):
+    is_folder = is_place(name) or (
+        Path(name).is_dir() and not any(n.startswith(name) for n in cache.home.names())
+    )
+    if name and is_folder and not is_store_name(name.rstrip("/").rpartition("/")[2]):
         found = AnyCache.from_url(name).stores()
         if not found:
             raise UsageError(f"There are no stores in {name}.")
@@ -251,6 +274,19 @@ def parse_options(pairs: Sequence[str], option: str = "--option") -> dict[str, s
             raise UsageError(f"{option} {pair!r} is not KEY=VALUE.")
         options[key.strip()] = value.strip()
     return options
+
+
+def import_options(format: str, options: Sequence[str]) -> dict[str, str]:
+    """Return the options of an import format as given: ``KEY=VALUE``.
+
+    Raises
+    ------
+    UsageError
+        A pair that is none, an unknown format or option.
+    """
+    chosen = parse_options(options)
+    check_options("import format", format, IMPORTERS, chosen)
+    return chosen
 
 
 def mmsa_labels(manifest: Manifest) -> dict[str, dict[str, Any]]:
@@ -306,6 +342,9 @@ def export_options(
         A pair that is none, a store that is not there, or no data set where one is needed.
     """
     chosen: dict[str, Any] = dict(parse_options(options))
+    check_options("export format", format, EXPORTERS, chosen)
+    if also and format != "mmsa":
+        raise UsageError("--also goes with --format mmsa.")
     if format == "mmsa":
         if keys is None:
             raise UsageError("An MMSA pickle holds splits and labels: name the --dataset.")

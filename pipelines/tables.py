@@ -14,11 +14,12 @@ _SIZES = {
     **{f"{prefix}ib": 1024 ** (i + 1) for i, prefix in enumerate("kmgtp")},
 }
 _AGES_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400, "y": 365 * 86_400}
+_NUMBER = re.compile(r"-|[\d,]+(\.\d+)?( [kMGT]B)?")
 _QUANTITY = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([A-Za-z]*)\s*")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Render left-aligned columns, numbers to the right.
+    """Render left-aligned columns, numbers and sizes to the right.
 
     Examples
     --------
@@ -29,7 +30,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """
     cells = [[str(cell) for cell in row] for row in [header, *rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    numeric = [all(isinstance(row[i], (int, float)) for row in rows) for i in range(len(header))]
+    numeric = [all(_is_number(row[i]) for row in rows) for i in range(len(header))]
     lines = []
     for row in cells:
         padded = [
@@ -41,15 +42,35 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(lines)
 
 
+def _is_number(cell: object) -> bool:
+    return isinstance(cell, (int, float)) or _NUMBER.fullmatch(str(cell)) is not None
+
+
 def size(count: int) -> str:
     """Return bytes as they stand in tables.
 
     Examples
     --------
     >>> size(1_234_567_890), size(24_454)
-    ('1,234.6 MB', '24.5 kB')
+    ('1.2 GB', '24.5 kB')
     """
-    return f"{count / 1e6:,.1f} MB" if count >= 1_000_000 else f"{count / 1e3:.1f} kB"
+    value, unit = count / 1e3, "kB"
+    for larger in ("MB", "GB", "TB"):
+        if round(value, 1) < 1000:
+            break
+        value, unit = value / 1e3, larger
+    return f"{value:,.1f} {unit}"
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a number and what is counted.
+
+    Examples
+    --------
+    >>> counted(1, "part"), counted(1200, "utterance")
+    ('1 part', '1,200 utterances')
+    """
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def parse_size(text: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mer.cache.errors import UsageError
-from mer.pipelines.tables import parse_age, parse_size, size, table
+from mer.pipelines.tables import counted, parse_age, parse_size, size, table
 
 
 @pytest.mark.parametrize(
@@ -56,4 +56,31 @@ def test_numbers_stand_to_the_right_and_no_line_ends_in_space():
 
 
 def test_small_sizes_are_not_zero():
-    assert [size(n) for n in (0, 999, 10**6, 10**9)] == ["0.0 kB", "1.0 kB", "1.0 MB", "1,000.0 MB"]
+    assert [size(n) for n in (0, 60, 999)] == ["0.0 kB", "0.1 kB", "1.0 kB"]
+
+
+def test_large_sizes_are_short():
+    assert [size(n) for n in (10**6 - 1, 10**6, 10**9, 25 * 10**11, 10**16)] == [
+        "1.0 MB",
+        "1.0 MB",
+        "1.0 GB",
+        "2.5 TB",
+        "10,000.0 TB",
+    ]
+
+
+def test_sizes_and_what_is_not_there_stand_to_the_right():
+    text = table(["name", "size", "rate"], [["1", size(5), "-"], ["b", size(10**8), 50.0]])
+    assert text.splitlines()[2:] == [
+        "1       0.0 kB     -",
+        "b     100.0 MB  50.0",
+    ]
+
+
+def test_one_is_singular():
+    assert [counted(n, "part") for n in (0, 1, 2, 1000)] == [
+        "0 parts",
+        "1 part",
+        "2 parts",
+        "1,000 parts",
+    ]
