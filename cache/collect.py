@@ -675,7 +675,9 @@ class _Work:
         written = self._write(store, step, readers)
         ranks = [rank(generation(part), part.id) for part in written]
         same = [part for part in readers if part.id in {p.id for p in written}]
-        for old in readers if not same else ():
+        # Readers use the first copy by name: the last goes first, so that they never see another
+        # one, which may differ in a last bit, between the two that are the same.
+        for old in sorted(readers, key=lambda p: p.id, reverse=True) if not same else ():
             if any(r > rank(generation(old), old.id) for r in ranks):
                 self.notes.append(f"{store.name}: part {old.id} stays until the next gc.")
                 continue

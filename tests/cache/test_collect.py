@@ -194,6 +194,24 @@ def test_of_two_copies_the_one_that_readers_use_stays(tmp_path):
     assert content(tmp_path) == before
 
 
+def test_readers_see_the_same_one_of_two_copies_all_the_while(tmp_path, monkeypatch):
+    store = opened(tmp_path)
+    for peak in range(1, 9):
+        add(store, [peak, 50], peak=float(peak))
+    for number, part in enumerate(store.place.part_names()):
+        age(store, part, 1000.0 + number)
+    before, real, removed = content(tmp_path), LocalPlace.remove, []
+
+    def remove(self, part):
+        real(self, part)
+        removed.append(part)
+        assert content(tmp_path) == before
+
+    monkeypatch.setattr(LocalPlace, "remove", remove)
+    collected(tmp_path)
+    assert len(removed) == 8
+
+
 def test_a_copy_stays_if_the_better_one_is_damaged(tmp_path):
     store = opened(tmp_path)
     names = sorted([add(store, [5, 6]), add(store, [5, 6, 7])])
