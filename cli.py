@@ -37,11 +37,83 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_con
 FAILURES_SHOWN = 20
 
 
-class Mer(click.Group):
+KEPT = "What was finished is kept; the same command goes on from there."
+UNCHANGED = "Nothing was changed."
+AFTER_INTERRUPT = {
+    **dict.fromkeys(("extract", "cp", "import", "gc", "demo"), KEPT),
+    **dict.fromkeys(("info", "ls", "du", "diff", "check", "show"), UNCHANGED),
+    "export": "Nothing was written.",
+    "verify": "Nothing was changed but what --repair had finished.",
+    "train-head": "Nothing of the run is left; features that were extracted before it are kept.",
+    "ensemble-vote": "Nothing of the vote is left.",
+}
+"""What is left behind where a command is interrupted, by its name."""
+
+
+class Command(click.Command):
+    """A command; where it is interrupted, the exception says what that means."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run it."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stopped:
+            stopped.add_note(AFTER_INTERRUPT[str(self.name)])
+            raise
+
+
+class Exporting(Command):
+    """A command with a --format; its help lists them all with their options."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the formats, then the examples."""
+        with formatter.section("Formats, and what --option takes for each"):
+            formatter.write_dl(self.formats())
+        super().format_epilog(ctx, formatter)
+
+    def formats(self) -> list[tuple[str, str]]:
+        """Return name and description of each."""
+        from mer.cache.exchange import EXPORTERS
+
+        return [
+            (name, f"{known.summary}{_takes(known.takes)}") for name, known in EXPORTERS.items()
+        ]
+
+
+class Importing(Exporting):
+    """The same for imports."""
+
+    def formats(self) -> list[tuple[str, str]]:
+        """Return name and description of each, and what all take."""
+        from mer.cache.exchange import EVERY_IMPORT, IMPORTERS
+
+        rows = [
+            (name, f"{known.summary}{_takes(known.takes)}") for name, known in IMPORTERS.items()
+        ]
+        return [*rows, ("all of them", _takes(EVERY_IMPORT).removeprefix("; "))]
+
+
+def _takes(options: Mapping[str, str]) -> str:
+    return "".join(f"; {name}={value}" for name, value in options.items())
+
+
+class Group(click.Group):
+    """Commands under one name."""
+
+    command_class = Command
+
+
+class Mer(Group):
     """The command group; turns errors into one line and the documented exit code."""
+
+    group_class = Group
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Run, and exit with the command's code."""
+        with _no_interrupt_lost():
+            self._main(*args, **kwargs)
+
+    def _main(self, *args: Any, **kwargs: Any) -> NoReturn:
         argv = list(kwargs.get("args") or (args[0] if args and args[0] else None) or sys.argv[1:])
         as_json = "--json" in argv
         code = 0
@@ -55,8 +127,9 @@ class Mer(click.Group):
         except MerError as error:
             notes = " ".join(getattr(error, "__notes__", ()))
             code = _fail(as_json, type(error).__name__, f"{error} {notes}".strip(), error.exit_code)
-        except (KeyboardInterrupt, click.Abort):
-            message = "interrupted. What was finished is kept; the same command goes on from there."
+        except (KeyboardInterrupt, click.Abort) as stopped:
+            left: Sequence[str] = getattr(stopped.__cause__ or stopped, "__notes__", ())
+            message = " ".join(["interrupted.", *left])
             code = _fail(as_json, "Interrupted", message, INTERRUPTED)
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -76,6 +149,41 @@ def _fail(as_json: bool, kind: str, message: str, code: int, *, shown: bool = Fa
         with suppress(BrokenPipeError):
             click.echo(json.dumps({"error": {"type": kind, "message": message, "exit_code": code}}))
     return code
+
+
+@contextmanager
+def _no_interrupt_lost() -> Iterator[None]:
+    """Raise a KeyboardInterrupt again that could not get out of where it was raised.
+
+    Ctrl-C may come while Python runs a destructor or a callback of a weak reference, of which h5py
+    has many: the exception is printed there as "ignored", and the command would run to its end.
+    """
+    usual = sys.unraisablehook
+    pending: list[threading.Timer] = []
+
+    def again() -> None:
+        handled = signal.getsignal(signal.SIGTERM) is _terminate
+        main_thread = threading.main_thread().ident
+        assert main_thread is not None
+        signal.pthread_kill(main_thread, signal.SIGTERM if handled else signal.SIGINT)
+
+    def hook(unraisable: sys.UnraisableHookArgs) -> None:
+        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+            usual(unraisable)
+            return
+        timer = threading.Timer(0.001, again)  # not from in here, where it would be lost as well
+        timer.daemon = True
+        pending.append(timer)
+        with suppress(RuntimeError):  # the interpreter is shutting down
+            timer.start()
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = usual
+        for timer in pending:
+            timer.cancel()
 
 
 def _terminate(signum: int, frame: object) -> NoReturn:
@@ -525,7 +633,7 @@ stores_argument = click.argument("stores", nargs=-1, metavar="[STORE]...")
 dataset_option = click.option(
     "--dataset", metavar="DATASET", help="Corpus or manifest that names the utterances."
 )
-format_option = click.option(
+key_value_option = click.option(
     "--option",
     "options",
     multiple=True,
@@ -853,6 +961,7 @@ def cache_cp(source: str, target: str, web: bool, cache_url: str | None, as_json
 
 @cache.command(
     "export",
+    cls=Exporting,
     epilog="""\b
 Examples:
   mer cache export wavlm-large features.h5 --format hdf5 --dataset my.csv
@@ -866,7 +975,7 @@ Examples:
     "layout",
     required=True,
     metavar="FORMAT",
-    help="hdf5, hdf5-utterances, npy, safetensors, parquet, arrow or mmsa.",
+    help="One of those below.",
 )
 @click.option(
     "--output", "outputs", multiple=True, metavar="NAME", help="Only this output; repeatable."
@@ -880,7 +989,7 @@ Examples:
     metavar="MODALITY=STORE[#OUTPUT]",
     help="Further modality of an MMSA pickle; repeatable.",
 )
-@format_option
+@key_value_option
 @cache_option
 @json_option
 def cache_export(
@@ -909,7 +1018,10 @@ def cache_export(
     keys = _keys_of(dataset, root, opened)
     ids = None if keys is None else keys.utterances_of(found)
     chosen = export_options(layout, options, also, keys, opened)
-    with _counting("export", len(ids) if ids else len(found), "{:,}".format) as progress:
+    with (
+        _called("TARGET"),
+        _counting("export", len(ids) if ids else len(found), "{:,}".format) as progress,
+    ):
         report = export(
             found,
             target,
@@ -929,6 +1041,7 @@ def cache_export(
 
 @cache.command(
     "import",
+    cls=Importing,
     epilog="""\b
 Examples:
   mer cache import features.h5 --format hdf5 --name their-wavlm --dataset my.csv
@@ -941,14 +1054,14 @@ Examples:
     "layout",
     required=True,
     metavar="FORMAT",
-    help="hdf5, npy, safetensors, parquet, arrow, emotion2vec, pt, mmsa or conversations.",
+    help="One of those below.",
 )
 @click.option("--name", required=True, help="What to call the feature.")
 @dataset_option
 @root_option
 @click.option("--text", is_flag=True, help="They are features of transcripts, not of recordings.")
 @click.option("--licence", metavar="TEXT", help="Licence note to keep with the features.")
-@format_option
+@key_value_option
 @cache_option
 @json_option
 def cache_import(

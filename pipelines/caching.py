@@ -189,16 +189,20 @@ def find_store(name: str, cache: Cache) -> Store:
     """
     if not name.strip():
         raise UsageError("The name of a store is empty. `mer cache ls` shows all.")
-    if not is_place(name) and (name in cache.home.names() or not Path(name).is_dir()):
+    if not is_place(name) and (_is_called(name, cache) or not Path(name).is_dir()):
         return _by_name(name, cache)
     import mer.cache
 
     return mer.cache.open(name)
 
 
+def _is_called(name: str, cache: Cache) -> bool:
+    return any(known.startswith(name) for known in cache.home.names())
+
+
 def _by_name(name: str, cache: Cache) -> Store:
-    names = cache.home.names()
-    if not any(known.startswith(name) for known in names):
+    if not _is_called(name, cache):
+        names = cache.home.names()
         if not names:
             raise UsageError(f"There is no store {name!r}: {cache.url} holds none.")
         # Suggested without their digits, which nobody misspells and which make names unlike.
@@ -218,9 +222,7 @@ def find_stores(name: str, cache: Cache) -> list[Store]:
     from mer.cache.home import Cache as AnyCache
     from mer.cache.place import is_store_name
 
-    is_folder = is_place(name) or (
-        Path(name).is_dir() and not any(n.startswith(name) for n in cache.home.names())
-    )
+    is_folder = is_place(name) or (Path(name).is_dir() and not _is_called(name, cache))
     if name and is_folder and not is_store_name(name.rstrip("/").rpartition("/")[2]):
         found = AnyCache.from_url(name).stores()
         if not found:

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mer.cache.errors import MissingFeatureError, RecipeError, UsageError
+from mer.cache.exchange.feature import EXTRACTOR
 from mer.cache.home import Cache
 from mer.cache.spec import OutputSpec
 from mer.cache.store import Store
 from mer.extract.contract import Extractor
 from mer.extract.inputs import Memo, Recording, Resolved, read_recordings, resolve
-from mer.extract.registry import create
+from mer.extract.registry import create, parse_feature
 from mer.pipelines import corpora, labels
 from mer.pipelines.extraction import sources_of
 from mer.pipelines.labels import LabelScheme
@@ -350,10 +351,16 @@ def _drop_or_refuse(
         + ("" if len(ids) == len(planned.utterances) else f" ({_some(ids)})")
         for feature, ids in lacking.items()
     )
-    text = (
-        f"The cache {cache.url} lacks features of {recipe.dataset.name!r}: {listed}. "
-        f"Run `{extract_command(recipe, lacking, cache)}`."
-    )
+    text = f"The cache {cache.url} lacks features of {recipe.dataset.name!r}: {listed}."
+    extractable = [feature for feature in lacking if not _is_imported(feature)]
+    if extractable:
+        text += f" Run `{extract_command(recipe, extractable, cache)}`."
+    if len(extractable) < len(lacking):
+        text += (
+            " Imported features cannot be computed: import them again, with "
+            f"`mer cache import … --dataset {shlex.quote(str(recipe.dataset.name))}` so that they "
+            "are linked to these utterances."
+        )
     if known:
         text += f" These cannot be read: {'; '.join(known[:NAMED])}."
     if not absent and not everything:
@@ -371,6 +378,10 @@ def extract_command(recipe: Recipe, features: Iterable[str], cache: Cache) -> st
     if not _is_default(cache):
         parts += ["--cache", cache.url]
     return shlex.join(parts)
+
+
+def _is_imported(feature: str) -> bool:
+    return parse_feature(feature).name == EXTRACTOR
 
 
 def _is_default(cache: Cache) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -13,12 +14,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 import soundfile
 
+from mer.cache.exchange import EXPORTERS, IMPORTERS
 from mer.cache.home import Cache
-from mer.cli import main
+from mer.cli import AFTER_INTERRUPT, Command, main
 from mer.pipelines.extraction import extract
 from mer.pipelines.manifest import read_manifest
 
@@ -163,7 +166,9 @@ def test_info_tells_provenance_licence_and_fingerprint(mer: Mer, cache: Path, pl
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("logmel-21", "Unknown store 'logmel-21'"),
+        ("logmel-21", "Unknown store 'logmel-21'. Did you mean 'logmel-20'"),
+        ("logmle-8", "Did you mean 'logmel-8'"),
+        ("", "The name of a store is empty"),
         ("logmel", "2 stores begin with 'logmel'"),
         ("./nowhere/logmel-20-0123456789abcdef", "nowhere"),
     ],
@@ -240,6 +245,24 @@ def test_verify_names_damage_and_repair_costs_only_what_is_lost(
     assert code == 0
     lost = len(found["lost"])
     assert (again["computed"], again["reused"]) == (lost, len(IDS) - lost)
+
+
+def test_verify_refuses_a_cache_that_is_not_there(mer: Mer, tmp_path: Path) -> None:
+    code, _, err = mer("cache", "verify", "--cache", tmp_path / "typo")
+    assert code == 2
+    assert f"There is no cache at {tmp_path / 'typo'}" in err
+    code, text, _ = mer("cache", "verify", "--cache", tmp_path)
+    assert code == 0
+    assert "Nothing to check" in text
+
+
+def test_a_store_that_is_named_twice_is_looked_at_once(mer: Mer, cache: Path) -> None:
+    name = names(cache)[1]
+    code, text, _ = mer("cache", "verify", name, name[:-4], cache / name, "--cache", cache)
+    assert code == 0
+    assert text.startswith("1 store, 1 part, 8 utterances, ")
+    code, result, _ = mer("cache", "du", name, name, "--cache", cache, "--json")
+    assert result["total"]["total"] == result["stores"][0]["total"]
 
 
 def test_verify_without_a_data_set_names_keys(mer: Mer, cache: Path) -> None:
@@ -433,6 +456,48 @@ def test_cp_leaves_out_what_is_damaged_and_says_so(mer: Mer, cache: Path, tmp_pa
     assert mer("cache", "verify", "--cache", tmp_path / "target")[0] == 0
 
 
+def test_cp_copies_the_other_stores_if_one_cannot_be_opened(
+    mer: Mer, cache: Path, tmp_path: Path
+) -> None:
+    broken, sound = names(cache)
+    (cache / broken / "zarr.json").unlink()
+    newer = shutil.copytree(cache / sound, cache / "aaa-0123456789abcdef")
+    root = newer / "zarr.json"
+    root.write_text(root.read_text().replace('"zarr_format": 3', '"zarr_format": 4'))
+    code, result, err = mer("cache", "cp", cache, tmp_path / "target", "--json")
+    assert code == 4
+    assert len(result["damaged"]) == 2
+    assert sum(broken in reason for reason in result["damaged"]) == 1
+    assert err.count("damaged, not copied: ") == 2
+    assert {name: len(keys) for name, keys in keys_of(tmp_path / "target").items()} == {sound: 8}
+    code, _, err = mer("cache", "cp", cache / broken, tmp_path / "other")
+    assert code == 4
+    assert "zarr.json" in err
+
+
+def test_cp_takes_the_bare_name_of_a_folder(
+    mer: Mer, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MER_CACHE", str(tmp_path / "default"))
+    assert mer("cache", "cp", "cache", "x3")[0] == 0
+    assert keys_of(tmp_path / "x3") == keys_of(cache)
+    (tmp_path / "logmel-20").mkdir()  # a store that is called so comes first
+    code, result, _ = mer("cache", "cp", "logmel-20", "x4", "--cache", "cache", "--json")
+    assert code == 0
+    assert set(keys_of(tmp_path / "x4")) == {names(cache)[0]}
+
+
+@pytest.mark.parametrize("where", ["SOURCE", "TARGET"])
+def test_cp_speaks_of_its_arguments(mer: Mer, cache: Path, tmp_path: Path, where: str) -> None:
+    (tmp_path / "file").write_text("x")
+    argv = {"SOURCE": (tmp_path / "file", tmp_path / "y"), "TARGET": (cache, tmp_path / "file")}
+    code, _, err = mer("cache", "cp", *argv[where])
+    assert code == 2
+    assert f"Choose another {where}." in err
+    assert "--cache" not in err
+
+
 def test_cp_from_nowhere_is_bad_usage(mer: Mer, cache: Path, tmp_path: Path) -> None:
     code, _, err = mer("cache", "cp", tmp_path / "none", tmp_path / "target")
     assert code == 2
@@ -450,6 +515,24 @@ def test_diff_tells_settings_apart(mer: Mer, cache: Path) -> None:
     code, text, _ = mer("cache", "diff", "--no-values", *names(cache), "--cache", cache)
     assert code == 0
     assert "n_mels: 20 ≠ 8" in text
+    assert text.endswith("in both: 8 utterances (values not compared)\n")
+    code, result, _ = mer("cache", "diff", "--no-values", *names(cache), "--cache", cache, "--json")
+    assert (code, result["in_both"], result["same"]) == (0, 8, None)
+
+
+def test_diff_says_what_a_store_does_not_have(mer: Mer, cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "theirs").mkdir()
+    np.save(tmp_path / "theirs" / "a.npy", np.ones((4, 3), np.float32))
+    argv = ("--name", "theirs", "--format", "npy", "--cache", cache)
+    ours = names(cache)[0]
+    assert mer("cache", "import", tmp_path / "theirs", *argv)[0] == 0
+    argv = ("cache", "diff", ours, "imported-theirs", "--cache", cache)
+    code, text, _ = mer(*argv)
+    assert code == 0
+    assert "identity options.n_mels: 20 ≠ absent" in text
+    assert "only in b: 1 utterance\n" in text
+    assert "identity model: null ≠ absent" in text
+    assert mer(*argv, "--json")[1]["identity"]["options.n_mels"] == [20, "absent"]
 
 
 # export, import -----------------------------------------------------------------------------------
@@ -494,7 +577,8 @@ def test_an_export_of_one_store_is_not_written_over_unasked(
     before = target.read_bytes()
     code, _, err = mer(*argv)
     assert code == 2
-    assert "out.h5" in err
+    assert "out.h5 exists already" in err
+    assert "--overwrite" in err
     assert target.read_bytes() == before
     assert mer(*argv, "--overwrite", "--dataset", corpus)[0] == 0
     assert target.read_bytes() != before
@@ -532,7 +616,57 @@ def test_formats_and_options_that_do_not_exist_are_named(
     code, _, err = mer(*argv, "npy", "--option", "level")
     assert code == 2
     assert "'level' is not KEY=VALUE" in err
+    for layout, option, message in (
+        ("npy", "overwrite=1", "Unknown option of the export format 'npy' 'overwrite'"),
+        ("hdf5", "keys=x", "The export format 'hdf5' has no options"),
+        ("mmsa", "labels=x", "Known: max_frames, modality"),
+        ("npy", "progress=x", "Known: level, model"),
+    ):
+        code, _, err = mer(*argv, layout, "--option", option)
+        assert code == 2
+        assert message in err
+    theirs = ("cache", "import", tmp_path, "--name", "x", "--cache", cache, "--format")
+    for option in ("name=foo", "keys=x", "progress=x", "licence=x", "modality=text"):
+        code, _, err = mer(*theirs, "npy", "--option", option)
+        assert code == 2
+        assert f"Unknown option of the import format 'npy' {option.partition('=')[0]!r}" in err
+        assert "unexpected" not in err
+    code, _, err = mer(*argv, "hdf5", "--also", "vision=x")
+    assert code == 2
+    assert "--also goes with --format mmsa" in err
     assert not (tmp_path / "x").exists()
+
+
+def test_what_is_linked_by_ids_alone_is_said_to_be_of_no_use_for_recipes(
+    mer: Mer, corpus: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "features"
+    folder.mkdir()
+    for name in IDS:
+        np.save(folder / f"{name}.npy", np.ones((4, 3), np.float32))
+    argv = ("--name", "x", "--format", "npy", "--cache", tmp_path / "cache")
+    code, text, _ = mer("cache", "import", folder, *argv)
+    assert code == 0
+    assert "note: linked by ids alone" in text
+    assert "--dataset to train" in text
+    code, result, _ = mer("cache", "import", folder, *argv, "--json")
+    assert (result["linked"], len(result["notes"])) == ("ids", 1)
+    code, result, _ = mer("cache", "import", folder, *argv, "--dataset", corpus, "--json")
+    assert (code, result["linked"], result["notes"]) == (0, "manifest", [])
+
+
+def test_info_prints_the_feature_string_of_what_was_imported(mer: Mer, tmp_path: Path) -> None:
+    (tmp_path / "features").mkdir()
+    np.save(tmp_path / "features" / "a.npy", np.ones((4, 3), np.float32))
+    argv = ("--name", "x", "--format", "npy", "--cache", tmp_path / "cache", "--option")
+    code, result, _ = mer("cache", "import", tmp_path / "features", *argv, "level=FRA", "--json")
+    assert code == 0
+    feature = result["feature"]
+    assert ",format=npy+level=FRA," in feature
+    assert shlex.quote(feature) == feature
+    argv = ("cache", "info", "imported-x", "--cache", tmp_path / "cache")
+    assert f"feature: {feature}\n" in mer(*argv)[1]
+    assert mer(*argv, "--json")[1]["feature"] == feature
 
 
 def test_imports_list_what_they_leave_out(mer: Mer, corpus: Path, tmp_path: Path) -> None:
@@ -732,6 +866,26 @@ def test_a_published_cache_can_be_looked_at_and_copied_but_not_changed(
     assert keys_of(tmp_path / "mine")[name] == keys_of(cache)[name]
 
 
+def test_a_web_server_without_ranges_is_named_and_is_no_damage(
+    mer: Mer, bucket: Any, cache: Path, tmp_path: Path
+) -> None:
+    from s3_server import Gateway, serve_folder
+
+    assert mer("cache", "cp", cache, tmp_path / "www", "--web")[0] == 0
+    folder = serve_folder(tmp_path / "www")
+
+    def whole(method: str, path: str, headers: Any, body: bytes) -> Any:
+        return folder(method, path, {}, body)
+
+    with Gateway(whole).running() as server:
+        url = f"{server.url}/{names(cache)[0]}"
+        for argv in (("cp", url, tmp_path / "mine"), ("diff", url, store_at(cache))):
+            code, _, err = mer("cache", *argv)
+            assert code == 1
+            assert "supports range requests: nginx, Apache" in err
+            assert "damaged" not in err
+
+
 def test_a_server_that_is_away_is_one_message(mer: Mer, bucket: Any, cache: Path) -> None:
     bucket.gateway.fault = lambda request: 503
     for argv in (("ls", "--cache", bucket.url), ("cp", cache, bucket.url)):
@@ -769,6 +923,92 @@ def test_every_help_has_an_example_and_imports_nothing_heavy(argv: list[str]) ->
     assert done.returncode == 0, done.stderr
     assert "Usage: mer cache" in done.stdout
     assert ("Example" in done.stdout) == (len(argv) > 2)
+
+
+INTERRUPTED = """
+import os, signal, sys, threading
+from mer.cache.exchange import outgoing
+from mer.cli import main
+
+class Swallows:
+    def __del__(self):
+        os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+        for _ in range(1000):
+            pass  # the exception is raised in here, where it is ignored
+
+def advance(self, utterances=1):
+    Swallows()
+    threading.Event().wait(60)
+
+outgoing.Outgoing.advance = advance
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_an_interrupt_that_a_destructor_swallows_still_ends_an_export(
+    cache: Path, tmp_path: Path, name: str
+) -> None:
+    out = tmp_path / "out"
+    argv = ["cache", "export", names(cache)[0], str(out / "a.h5"), "--format", "hdf5", "--json"]
+    out.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, name, *argv, "--cache", str(cache)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 130, done.stderr
+    assert done.stderr.strip() == "mer: interrupted. Nothing was written."
+    assert json.loads(done.stdout)["error"]["exit_code"] == 130
+    assert not [path for path in out.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize(
+    ("argv", "function", "message"),
+    [
+        (("diff", "logmel-20", "logmel-8"), "mer.cache.diff.diff", "Nothing was changed."),
+        (("verify",), "mer.cache.verify.verify", "Nothing was changed but what --repair"),
+        (("gc",), "mer.cache.collect.run", "the same command goes on from there."),
+        (("cp", "logmel-20", "x"), "mer.cache.transfer.copy", "goes on from there."),
+    ],
+)
+def test_an_interrupt_says_what_is_left(
+    mer: Mer,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    argv: tuple[str, ...],
+    function: str,
+    message: str,
+) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(function, interrupted)
+    code, _, err = mer("cache", *argv, "--cache", cache)
+    assert code == 130
+    assert err.strip().startswith("mer: interrupted. ")
+    assert message in err
+
+
+def test_every_command_knows_what_an_interrupt_leaves() -> None:
+    def leaves(group: click.Group) -> Iterator[click.Command]:
+        for command in group.commands.values():
+            yield from leaves(command) if isinstance(command, click.Group) else (command,)
+
+    for command in leaves(main):
+        assert isinstance(command, Command)
+        assert command.name in AFTER_INTERRUPT
+
+
+@pytest.mark.parametrize("name", ["export", "import"])
+def test_help_lists_every_format_with_its_options(mer: Mer, name: str) -> None:
+    _, text, _ = mer("cache", name, "--help")
+    for format, known in (EXPORTERS if name == "export" else IMPORTERS).items():
+        assert f"\n  {format} " in text
+        assert all(f"{option}=" in text for option in known.takes)
+    assert ("rate_hz=" in text) == (name == "import")
 
 
 @pytest.mark.parametrize("name", ["verify", "cp"])

@@ -154,6 +154,18 @@ def test_missing_feature_names_the_command(corpus, cache):
     assert MELS not in str(caught.value)
 
 
+def test_what_lacks_of_imported_features_is_imported_again_not_extracted(corpus, cache):
+    feature = "imported:name=theirs,format=npy,content=" + "0" * 32 + ",outputs=features/4"
+    streams = {"theirs": StreamRecipe(feature=feature), "ours": StreamRecipe(feature="logmel")}
+    with pytest.raises(MissingFeatureError, match="of all 24 utterances") as caught:
+        load(make(corpus, features=streams), cache)
+    assert f"Run `mer extract {corpus} -f logmel --cache {cache.root}`." in str(caught.value)
+    assert f"`mer cache import … --dataset {corpus}`" in str(caught.value)
+    with pytest.raises(MissingFeatureError, match="import them again") as caught:
+        load(make(corpus, features={"theirs": streams["theirs"]}), cache)
+    assert "mer extract" not in str(caught.value)
+
+
 def test_default_cache_is_not_spelt_out(corpus, cache, monkeypatch):
     monkeypatch.setenv("MER_CACHE", str(cache.root))
     text = datasets.extract_command(make(corpus), [MELS], cache)
