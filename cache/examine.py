@@ -29,9 +29,11 @@ from mer.cache.expected import (
     array_files,
     documents,
     offsets_file,
+    pooled_file,
     shard_index,
     told_outputs,
 )
+from mer.cache.frames import ShardFrames, agree
 from mer.cache.identity import FINGERPRINT_IN_NAME, KEY_BYTES
 from mer.cache.layout import FileRecord
 from mer.cache.mend import (
@@ -127,6 +129,10 @@ class Examination:
         Every listed file.
     shards : dict of str to ShardLayout
         By output.
+    unproven : set of str
+        Outputs whose shard is not what was written and whose chunks the manifest does not know, as
+        in parts of the first release. An utterance of theirs is sound if what it was pooled to,
+        which the manifest does know, says so.
     keys : ndarray
         (U, 16) uint8; (0, 16) where they are lost.
     """
@@ -142,6 +148,7 @@ class Examination:
     outputs: tuple[OutputSpec, ...] = ()
     records: dict[str, FileRecord] = field(default_factory=dict)
     shards: dict[str, ShardLayout] = field(default_factory=dict)
+    unproven: set[str] = field(default_factory=set)
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
     keys: np.ndarray = field(default_factory=lambda: np.empty((0, KEY_BYTES), np.uint8))
 
@@ -494,9 +501,57 @@ class _Examiner:
             return
         if scan is None:
             return
-        mend = self._mend_shard(shard, record, scan)
-        lost = None if mend is not None else self._touching(output, shard, scan.bad_data)
+        mend, lost = self._mend_shard(shard, record, scan), None
+        if mend is None:
+            lost = self._touching(output, shard, scan.bad_data)
+            if shard.crcs is None:
+                into.unproven.add(output)
+                # Without a damaged chunk to explain the file's checksum, whole ones are strange.
+                explained = scan.bad_data.any()
+                if not explained or not self._are_its_own(output, shard, lost):
+                    lost = self._touching(output, shard, np.ones(shard.num_chunks, bool))
         into.faults.append(Fault(shard.file, scan.reason, lost, mend))
+
+    def _are_its_own(self, output: str, shard: ShardLayout, lost: np.ndarray) -> bool:
+        """Whether all utterances but the lost ones have the frames that they were pooled from.
+
+        A chunk that matches its own checksum alone may be another part's. One utterance with others
+        than its own frames shows that the shard is, and then none of it is to be trusted.
+        """
+        offsets = self._into.arrays.get(offsets_file(output))
+        pooled = self._pooled(output)
+        if offsets is None or pooled is None:
+            return False
+        source = ShardFrames(self._raw, self._folder, shard)
+        for row in np.flatnonzero(~lost & (np.diff(offsets) > 0)):
+            try:
+                frames = source.read(int(offsets[row]), int(offsets[row + 1]))
+            except (OSError, StoreError):
+                return False
+            if not agree(frames, pooled[row]):
+                return False
+        return True
+
+    def _pooled(self, output: str) -> np.ndarray | None:
+        """Return what the utterances were pooled to, (U, 2, D), if that is what was written."""
+        file = pooled_file(output)
+        record = self._into.records.get(file)
+        if record is None or file not in self._array_files():
+            return None
+        fault = next((f for f in self._into.faults if f.file == file), None)
+        try:
+            if fault is None:
+                data = self._raw.read(f"{self._folder}/{file}")
+            elif fault.mend is not None:
+                data = np.frombuffer(b"".join(_bytes(fault.mend())), np.uint8)
+            else:
+                return None
+        except (OSError, StoreError):
+            return None
+        if xxh3(data) != record.xxh3:
+            return None
+        shape, dtype = self._array_files()[file]
+        return data[: -layout.CRC_BYTES].view(layout.little(dtype)).reshape(shape)
 
     def _scan(self, shard: ShardLayout, record: FileRecord) -> _Scan | None:
         """Read a shard once for all its checksums; None if it is what was written."""

@@ -323,8 +323,8 @@ def _has_sums(need: Need, strict: bool) -> bool:
 def _complete_sums(need: Need) -> None:
     """Take the checksums of chunks from the shard itself where the manifest has none.
 
-    A manifest of the first release knows only the whole file, which is then read once: chunks that
-    match their own checksums alone may be those of another part.
+    A manifest of the first release knows only the whole file, which is then read once. Chunks that
+    match their own checksums may be those of another part, so all of them hold or none.
     """
     shard = need.shard
     if shard.crcs is not None:
@@ -333,12 +333,13 @@ def _complete_sums(need: Need) -> None:
     data = np.empty(shard.file_bytes, np.uint8)
     for error in bucket.get_spans([Span(name, 0, shard.file_bytes)], [data]).values():
         raise need.files.error(shard, error)
-    where = f"{need.files.where}/{shard.file}"
-    chunks = data[: shard.num_chunks * shard.chunk_bytes].reshape(-1, shard.chunk_bytes)
     if xxhash.xxh3_128_hexdigest(data.data) != shard.xxh3:
-        shard.verify(chunks, 0, where)
-        raise DamagedStoreError(f"{where} is not the file its part's manifest lists.")
-    shard.crcs = chunk_sums(chunks)
+        raise DamagedStoreError(
+            f"{need.files.where}/{shard.file} is not the file its part's manifest lists. "
+            "`mer cache verify --repair` saves what it can."
+        )
+    chunks = data[: shard.num_chunks * shard.chunk_bytes]
+    shard.crcs = chunk_sums(chunks.reshape(-1, shard.chunk_bytes))
 
 
 def chunk_sums(chunks: np.ndarray) -> np.ndarray:

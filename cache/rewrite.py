@@ -96,7 +96,9 @@ def rewrite(
     Raises
     ------
     DamagedStoreError
-        A new part does not read as it was written. It is in the quarantine.
+        A new part does not read as it was written. It is in the quarantine. Or an utterance holds
+        NaN or an infinity, which no store does. Errors of ``utterances`` are passed on. Of a part
+        that has not reached its size by then nothing becomes visible.
     StoreError
         A part cannot be written.
     """
@@ -111,10 +113,15 @@ def rewrite(
         part_seconds=math.inf,
         content_ids=True,
     ) as writer:
-        for utterance in utterances:
-            writer.add_stored(
-                utterance.key, utterance.input_length, utterance.arrays, utterance.pooled
-            )
+        try:
+            for utterance in utterances:
+                _check_finite(utterance)
+                writer.add_stored(
+                    utterance.key, utterance.input_length, utterance.arrays, utterance.pooled
+                )
+        except BaseException:
+            numbered.given_up = True  # leaving the writer would publish what it has
+            raise
     for name in numbered.published:
         if not numbered.is_sound(name):
             where = place.quarantine(name)
@@ -125,6 +132,16 @@ def rewrite(
     return numbered.published
 
 
+def _check_finite(utterance: Stored) -> None:
+    for name, frames in utterance.arrays.items():
+        pooled = utterance.pooled.get(name)
+        sound = frames.dtype.kind != "f" or np.isfinite(frames).all()
+        if not sound or (pooled is not None and len(frames) and not np.isfinite(pooled).all()):
+            raise DamagedStoreError(
+                f"Output {name!r} of utterance {utterance.key.hex()} holds NaN or an infinity."
+            )
+
+
 class _Numbered:
     """A place that gives every part it publishes a generation."""
 
@@ -133,12 +150,15 @@ class _Numbered:
         self._generation = generation
         self._facts = StoreFacts(fingerprint[:FINGERPRINT_IN_NAME], fingerprint, spec.outputs)
         self.published: list[str] = []
+        self.given_up = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._place, name)
 
     def publish(self, folder: Path, part: str) -> bool:
         """Publish a part after writing its generation into it."""
+        if self.given_up:
+            return False
         file = folder / layout.METADATA
         manifest = layout.unseal(file.read_bytes(), str(file))
         del manifest["checksum"]

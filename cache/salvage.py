@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from functools import cached_property
 
-import google_crc32c
 import numpy as np
 
 from mer.cache import layout
 from mer.cache.errors import DamagedStoreError
 from mer.cache.examine import Examination
 from mer.cache.expected import INPUT_LENGTH_FILE, array_files, offsets_file, pooled_file
+from mer.cache.frames import ShardFrames, agree
 from mer.cache.mend import xxh3
 from mer.cache.raw import Raw
 from mer.cache.rewrite import Stored
-
-_WINDOW_BYTES = 2 << 20  # of each output; layers of a model are many
 
 
 class Salvage:
@@ -33,7 +31,7 @@ class Salvage:
         self._raw = raw
         self._part = examined
         self._folder = f"{layout.PARTS}/{examined.part}"
-        self._windows: dict[str, tuple[int, np.ndarray]] = {}
+        self._sources: dict[str, ShardFrames] = {}
 
     def read(self, row: int) -> Stored:
         """Return an utterance as it is stored.
@@ -67,48 +65,18 @@ class Salvage:
         return found
 
     def _frames(self, output: str, row: int) -> np.ndarray:
-        shard = self._part.shards[output]
         offsets = self._part.arrays[offsets_file(output)]
-        start, stop = int(offsets[row]), int(offsets[row + 1])
-        if start == stop:
-            return np.empty((0, shard.dim), shard.dtype)
-        first, last = start // shard.rows, (stop - 1) // shard.rows
-        size = shard.chunk_bytes
-        data = self._chunks(output, first, last)
-        pieces = []
-        for chunk in range(first, last + 1):
-            block = data[(chunk - first) * size : (chunk - first + 1) * size]
-            frames = block[: shard.data_bytes]
-            expected = (
-                int(shard.crcs[chunk])
-                if shard.crcs is not None
-                else int.from_bytes(block[shard.data_bytes :].tobytes(), "little")
-            )
-            if len(frames) != shard.data_bytes or google_crc32c.value(frames) != expected:
-                raise DamagedStoreError(
-                    f"Chunk {chunk} of {self._where(shard.file)} does not match its checksum."
-                )
-            begin = max(start - chunk * shard.rows, 0)
-            end = min(stop - chunk * shard.rows, shard.rows)
-            pieces.append(frames.view(shard.dtype).reshape(shard.rows, shard.dim)[begin:end])
-        return np.concatenate(pieces)
-
-    def _chunks(self, output: str, first: int, last: int) -> np.ndarray:
-        """Return inner chunks, unchecked, and keep some behind them for the next utterance."""
-        shard = self._part.shards[output]
-        size = shard.chunk_bytes
-        begin, data = self._windows.get(output, (0, np.empty(0, np.uint8)))
-        if not begin <= first * size <= (last + 1) * size <= begin + len(data):
-            begin = first * size
-            end = max((last + 1) * size, begin + _WINDOW_BYTES // size * size)
-            end = min(end, shard.num_chunks * size)
-            file = f"{self._folder}/{shard.file}"
-            try:
-                data = self._raw.read(file, begin, end)
-            except OSError:  # a device that fails further on
-                return self._raw.read(file, begin, (last + 1) * size)
-            self._windows[output] = begin, data
-        return data[first * size - begin : (last + 1) * size - begin]
+        source = self._sources.get(output)
+        if source is None:
+            shard = self._part.shards[output]
+            source = self._sources[output] = ShardFrames(self._raw, self._folder, shard)
+        frames = source.read(int(offsets[row]), int(offsets[row + 1]))
+        if output in self._part.unproven and len(frames):
+            pooled = self._pooled.get(output)
+            if pooled is None or not agree(frames, pooled[row]):
+                file = self._part.shards[output].file
+                raise DamagedStoreError(f"{self._where(file)} is not the file that was examined.")
+        return frames
 
     def _where(self, file: str) -> str:
         return f"{self._raw.url}/{self._folder}/{file}"

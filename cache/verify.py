@@ -44,6 +44,7 @@ Key = bytes  # within the report ``bytes`` is a number
 logger = logging.getLogger(__name__)
 
 _TRIES = 5
+_UNFORESEEN = (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError)
 _PARTS_METADATA = f"{layout.PARTS}/{layout.METADATA}"
 
 
@@ -204,6 +205,9 @@ class _Verifier:
     def run(self, repair: bool) -> None:
         """Check, report, and repair if asked to."""
         listing = self._raw.listing()
+        if self._is_foreign(listing):
+            self._note("is named like a store and holds nothing of one; it is left as it is")
+            return
         facts = self._root(listing)
         self._parts_group(listing)
         by_part = listing.by_part()
@@ -218,6 +222,22 @@ class _Verifier:
 
     # The store itself --------------------------------------------------------------------------
 
+    def _is_foreign(self, listing: Listing) -> bool:
+        """Whether nothing shows that a folder is, or was, a store."""
+        index = self._place.index_path()
+        if listing.by_part() or listing.unreadable or (index is not None and index.exists()):
+            return False
+        group = layout.to_bytes(layout.group_document())
+        for file, mark in ((layout.METADATA, b'"mer"'), (_PARTS_METADATA, group)):
+            try:
+                if mark in self._raw.read(file).tobytes():
+                    return False
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except (OSError, StoreError):
+                return False
+        return not self._raw.listing(layout.QUARANTINE_SUFFIX).files
+
     def _root(self, listing: Listing) -> StoreFacts:
         """Check the root's metadata and return what it tells."""
         facts = StoreFacts(_digits(self._raw.name))
@@ -231,7 +251,11 @@ class _Verifier:
             if self._awaits_root():
                 self._note("waits for `mer extract` to make its metadata anew")
             else:
-                self._fault(layout.METADATA, "is missing: the store has no metadata", left=True)
+                self._fault(
+                    layout.METADATA,
+                    "is missing: the store has no metadata; `mer extract` makes it anew",
+                    left=True,
+                )
             return facts
         except (OSError, StoreError) as error:
             self._fault(layout.METADATA, f"cannot be read: {_why(error)}", left=True)
@@ -380,7 +404,7 @@ class _Verifier:
         """Examine a part, again if it was another before than afterwards."""
         stamp = self._stamp(part)
         for _ in range(_TRIES):
-            examined = examine_part(self._raw, part, found, facts, self._progress)
+            examined = self._judge(part, found, facts)
             before, stamp = stamp, self._stamp(part)
             if examined is None:
                 return None
@@ -391,6 +415,14 @@ class _Verifier:
             found = self._raw.listing(f"/{layout.PARTS}/{part}")
         # Nothing can be said of what is never the same twice.
         return Examination(part, judged=False, notes=["was replaced again and again meanwhile"])
+
+    def _judge(self, part: str, found: Listing, facts: StoreFacts) -> Examination | None:
+        try:
+            return examine_part(self._raw, part, found, facts, self._progress)
+        except _UNFORESEEN as error:  # one part must not keep the others from being looked at
+            logger.warning("Part %s of %s", part, self._raw.url, exc_info=error)
+            fault = Fault(layout.METADATA, f"describes what cannot be checked ({error!r})")
+            return Examination(part, faults=[fault], judged=False)
 
     def _stamp(self, part: str) -> str | None:
         """Return what tells a part from another of its name; None if nobody can be asked."""
@@ -476,7 +508,8 @@ class _Verifier:
     def _attempt(self, what: str, repair: Callable[[], None]) -> None:
         try:
             repair()
-        except (StoreError, OSError) as error:
+        # A ValueError is what the writer refuses, or a file that nobody has foreseen.
+        except (StoreError, OSError, ValueError) as error:
             logger.warning("%s of %s could not be repaired: %s", what, self._raw.url, error)
             self._note(f"could not be repaired ({what}): {_why(error)}")
 
@@ -581,7 +614,7 @@ def _lost_keys(examined: Examination, fault: Fault) -> tuple[bytes, ...]:
 def _stored(part: Salvage, row: np.integer) -> Stored | None:
     try:
         return part.read(int(row))
-    except (OSError, StoreError):  # removed meanwhile
+    except (OSError, StoreError, ValueError):  # removed or changed meanwhile
         return None
 
 

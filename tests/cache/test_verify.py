@@ -14,11 +14,14 @@ import numpy as np
 import pytest
 
 from mer.cache import layout, reader, staging
+from mer.cache import verify as verify_module
 from mer.cache.errors import StoreError
+from mer.cache.frames import agree
 from mer.cache.home import Cache
 from mer.cache.mend import single_byte_errors
 from mer.cache.raw import LocalRaw
 from mer.cache.rewrite import rewrite
+from mer.cache.salvage import Salvage
 from mer.cache.spec import FeatureSpec, OutputSpec
 from mer.cache.store import Store
 from mer.cache.verify import Corruption, VerifyReport, _Verifier, total_bytes, verify
@@ -144,22 +147,143 @@ def test_a_sound_store_is_clean_and_every_byte_is_counted(store):
     assert report.bytes == sum(seen) == total_bytes([store]) == size
 
 
-def test_stores_of_the_first_release_are_clean_and_their_damage_is_found(tmp_path):
-    store = make(tmp_path)
-    before = content(store)
+def as_of_the_first_release(store: Store) -> None:
+    """Take out of the manifests what the first release did not write into them."""
     for folder in parts(store):
         mer = json.loads((folder / "zarr.json").read_text())["attributes"]["mer"]
         for its in mer["outputs"].values():
             del its["crc32c"]
         del mer["store"], mer["part"], mer["checksum"]
         (folder / "zarr.json").write_bytes(layout.to_bytes(layout.group_document(mer)))
-    assert check(store).corrupt == ()
-    shard = part_of(store, KEYS[3]) / "final/frames/c/0/0"
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Store:
+    """A store of the first release."""
+    made = make(tmp_path / "old")
+    as_of_the_first_release(made)
+    return made
+
+
+def test_stores_of_the_first_release_are_clean_and_their_damage_is_found(old):
+    before = content(old)
+    assert check(old).corrupt == ()
+    shard = part_of(old, KEYS[3]) / "final/frames/c/0/0"
     flip(shard, 10)
-    (fault,) = check(store).corrupt
+    (fault,) = check(old).corrupt
     assert fault.reason == "does not match its checksums in chunk 0 of 3"
     assert fault.utterances == (KEYS[0], KEYS[2])
-    assert repaired(store, before) == {KEYS[0], KEYS[2]}
+    assert repaired(old, before) == {KEYS[0], KEYS[2]}
+
+
+@pytest.mark.parametrize("output", ["code", "mean"])
+def test_without_pooled_values_no_chunk_of_a_damaged_first_release_shard_is_trusted(old, output):
+    before = content(old)
+    flip(part_of(old, KEYS[0]) / output / "frames/c/0/0", 1)
+    lost = set(KEYS[:4])
+    if output == "code":
+        lost -= {KEYS[1]}  # it has no frames
+    assert repaired(old, before) == lost
+
+
+@pytest.mark.parametrize("harm", [flip, lambda file, at: file.unlink()], ids=["mended", "lost"])
+def test_damaged_pooled_values_prove_nothing_of_a_first_release_shard(old, harm):
+    before = content(old)
+    folder = part_of(old, KEYS[0])
+    flip(folder / "final/frames/c/0/0", 10)
+    harm(folder / "final/pooled/c/0/0/0", 7)
+    assert repaired(old, before) == ({KEYS[0], KEYS[2]} if harm is flip else set(KEYS[:4]))
+
+
+STRANGERS = {
+    "exchanged": lambda a, b: exchange(a, b),
+    "in place of the longer": lambda a, b: shutil.copy(*sorted([a, b], key=size_of)),
+    "in place of the shorter": lambda a, b: shutil.copy(*sorted([b, a], key=size_of)[::-1]),
+    "cut to its length": lambda a, b: a.write_bytes(b.read_bytes()[: size_of(a)]),
+    "with its length": lambda a, b: a.write_bytes(
+        b.read_bytes() + a.read_bytes()[size_of(b) - size_of(a) :]
+        if size_of(b) < size_of(a)
+        else b.read_bytes()[: size_of(a) - 20] + a.read_bytes()[-20:]
+    ),
+}
+
+
+def size_of(file: Path) -> int:
+    return file.stat().st_size
+
+
+@pytest.mark.parametrize("flipped", [None, 5, -60], ids=["", "flipped early", "flipped late"])
+@pytest.mark.parametrize("output", ["final", "layer", "code", "mean"])
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("harm", STRANGERS)
+def test_a_repair_never_takes_a_strangers_frames_for_a_first_release_part(
+    old, output, harm, number, flipped
+):
+    before = content(old)
+    shards = [folder / output / "frames/c/0/0" for folder in parts(old)]
+    shards = shards[::-1] if number else shards
+    STRANGERS[harm](*shards)
+    if flipped is not None:
+        flip(shards[0], flipped % size_of(shards[0]))
+    repaired(old, before)  # compares everything that is left
+
+
+def test_shards_of_one_length_are_not_exchanged_unnoticed_in_a_first_release_part(old):
+    """Chunk by chunk they are sound, and with a flipped byte the file's checksum is explained."""
+    before = content(old)
+    folder = part_of(old, KEYS[0])
+    exchange(folder / "final/frames/c/0/0", folder / "layer/frames/c/0/0")
+    flip(folder / "final/frames/c/0/0", 5)
+    flip(folder / "layer/frames/c/0/0", 5)
+    assert repaired(old, before) == {KEYS[0], KEYS[2], KEYS[3]}
+
+
+def test_one_strange_chunk_costs_a_first_release_part_its_shard(old):
+    before = content(old)
+    shard, other = (
+        f / "final/frames/c/0/0" for f in (part_of(old, KEYS[0]), part_of(old, KEYS[5]))
+    )
+    chunk = 512 * 3 * 2 + 4
+    data = bytearray(shard.read_bytes())
+    data[2 * chunk : 3 * chunk] = other.read_bytes()[:chunk]
+    data[9] ^= 1
+    shard.write_bytes(data)
+    assert repaired(old, before) == {KEYS[0], KEYS[2], KEYS[3]}
+
+
+def test_a_cut_first_release_shard_keeps_what_is_whole(old):
+    before = content(old)
+    shard = part_of(old, KEYS[0]) / "final/frames/c/0/0"
+    os.truncate(shard, 2 * (512 * 3 * 2 + 4) + 7)
+    assert repaired(old, before) == {KEYS[3]}
+
+
+@pytest.mark.parametrize("peak", [1e-7, 1.0, 6e4, 1e6])
+@pytest.mark.parametrize("dim", [1, 80])
+def test_rounding_explains_no_more_than_it_does(tmp_path, peak, dim):
+    output = OutputSpec(name="final", dim=dim, rate_hz=50.0)
+    spec = FeatureSpec(slug="rounding", identity={"dim": dim}, outputs=(output,))
+    made = Cache(tmp_path).open(spec, create=True)
+    assert made is not None
+    rng = np.random.default_rng(dim)
+    lengths = [1, 2, 5, 600, 900]
+    stored = [peak * (rng.uniform(0.0, 1.0, (n, dim)) + i) / 5 for i, n in enumerate(lengths)]
+    with made.writer() as writer:
+        for key, frames in zip(KEYS, stored, strict=False):
+            writer.add(key, 1, {"final": frames.astype(np.float32)})
+    pooled = made.pooled("final", KEYS[:5])
+    frames = [made.frames(key, "final") for key in KEYS[:5]]
+    for one in range(5):
+        assert agree(frames[one], pooled[one])
+        assert not agree(frames[one], np.full_like(pooled[one], np.nan))
+        for other in range(5):
+            assert one == other or peak < 1e-6 or not agree(frames[one], pooled[other])
+    damaged = frames[4].copy()
+    damaged[0, 0] = np.inf
+    assert not agree(damaged, pooled[4])
+    if peak >= 1.0:
+        damaged[0, 0] = frames[4].max() * -1
+        assert not agree(damaged, pooled[4])
 
 
 @pytest.mark.parametrize(
@@ -694,6 +818,89 @@ def test_a_disk_that_fails_in_places_loses_those_places(store, monkeypatch):
     assert set(fault.utterances) == {KEYS[2], KEYS[3]}
     after = content(store)
     assert after == {key: before[key] for key in before if key not in fault.utterances}
+
+
+def test_a_part_that_cannot_be_judged_keeps_no_other_from_being_repaired(store, monkeypatch):
+    before = content(store)
+    strange, damaged = parts(store)
+    flip(damaged / "mean/frames/c/0/0", 2)
+    real = verify_module.examine_part
+
+    def examine(raw, part, *args):
+        if part == strange.name:
+            raise ValueError("nobody has foreseen this")
+        return real(raw, part, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(verify_module, "examine_part", examine)
+        report = check(store, repair=True)
+    assert sorted((fault.part, fault.file) for fault in report.corrupt) == sorted(
+        [(strange.name, "zarr.json"), (damaged.name, "mean/frames/c/0/0")]
+    )
+    assert any("nobody has foreseen this" in fault.reason for fault in report.corrupt)
+    assert len(report.quarantined) == 1
+    assert strange.exists()
+    assert check(store).corrupt == ()
+    assert content(store) == {k: v for k, v in before.items() if k not in report.lost}
+
+
+def test_a_part_whose_rewriting_fails_keeps_no_other_from_being_repaired(store, monkeypatch):
+    """What must not be stored is not, and nothing of a half of it becomes visible."""
+    first, second = part_of(store, KEYS[0]), part_of(store, KEYS[4])
+    for folder in (first, second):
+        flip(folder / "final/frames/c/0/0", 5)
+    real = Salvage.read
+
+    def poisoned(self, row):
+        found = real(self, row)
+        if found.key == KEYS[3]:  # KEYS[1] comes before it
+            found.arrays["mean"][...] = np.nan
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Salvage, "read", poisoned)
+        report = check(store, repair=True)
+    (note,) = report.notes
+    assert "Output 'mean' of utterance 0303" in note
+    assert "holds NaN or an infinity" in note
+    assert first.exists()
+    assert not second.exists()
+    assert len(parts(store)) == 2
+    assert {fault.part for fault in check(store).corrupt} == {first.name}
+
+
+def test_a_folder_that_is_only_named_like_a_store_is_left_as_it_is(tmp_path):
+    """Neither metadata of ours nor a part, whatever else is in it."""
+    folder = tmp_path / "thesis-0123456789abcdef"
+    (folder / "parts").mkdir(parents=True)
+    (folder / "parts/one.tex").write_text("mine")
+    (folder / "zarr.json").write_text('{"zarr_format": 3, "node_type": "group"}')
+    before = {name: (folder / name).read_bytes() for name in every_file(folder)}
+    report = check(Store(folder), repair=True)
+    assert report.corrupt == report.repaired == report.quarantined == ()
+    assert report.notes == (
+        f"{folder} is named like a store and holds nothing of one; it is left as it is.",
+    )
+    assert {name: (folder / name).read_bytes() for name in every_file(folder)} == before
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+
+
+@pytest.mark.parametrize("harm", [truncate, overwrite, os.unlink])
+def test_a_store_without_parts_is_still_a_store(tmp_path, harm):
+    made = Cache(tmp_path).open(SPEC, create=True)
+    assert made is not None
+    harm(made.path / "zarr.json")
+    report = check(made, repair=True)
+    assert [fault.file for fault in report.corrupt] == ["zarr.json"]
+    assert content(made) == {}
+    assert check(made).corrupt == ()
+
+
+def test_a_store_that_has_lost_its_metadata_is_told_what_makes_it_anew(store):
+    (store.path / "zarr.json").unlink()
+    (fault,) = check(store, repair=True).corrupt
+    assert "`mer extract` makes it anew" in fault.reason
+    assert not fault.restorable
 
 
 def test_a_read_only_store_says_that_it_cannot_be_repaired(store, monkeypatch):
