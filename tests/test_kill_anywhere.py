@@ -126,8 +126,12 @@ def doubled(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         writer.__enter__()
         writer._known = lambda key: False
         for key in store.keys()[number * 4 : number * 4 + 8]:
-            frames = store.frames(key, output.name).astype(np.float32)
-            writer.add(key, int(store.input_length([key])[0]), {output.name: frames})
+            writer.add_stored(
+                key,
+                int(store.input_length([key])[0]),
+                {output.name: store.frames(key, output.name)},
+                {output.name: store.pooled(output.name, [key])[0]},
+            )
     for writer in writers:
         writer.__exit__(None, None, None)
     assert stored_twice(root) == 24
