@@ -42,7 +42,7 @@ UNCHANGED = "Nothing was changed."
 AFTER_INTERRUPT = {
     **dict.fromkeys(("extract", "cp", "import", "gc", "demo"), KEPT),
     **dict.fromkeys(("info", "ls", "du", "diff", "check", "show"), UNCHANGED),
-    "export": "Nothing was written.",
+    "export": "TARGET is there as a whole or not at all.",
     "verify": "Nothing was changed but what --repair had finished.",
     "train-head": "Nothing of the run is left; features that were extracted before it are kept.",
     "ensemble-vote": "Nothing of the vote is left.",
@@ -110,7 +110,7 @@ class Mer(Group):
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Run, and exit with the command's code."""
-        with _no_interrupt_lost():
+        with _interrupts:
             self._main(*args, **kwargs)
 
     def _main(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -151,43 +151,55 @@ def _fail(as_json: bool, kind: str, message: str, code: int, *, shown: bool = Fa
     return code
 
 
-@contextmanager
-def _no_interrupt_lost() -> Iterator[None]:
-    """Raise a KeyboardInterrupt again that could not get out of where it was raised.
+class _Redelivery:
+    """Raises a KeyboardInterrupt again that could not get out of where it was raised.
 
     Ctrl-C may come while Python runs a destructor or a callback of a weak reference, of which h5py
-    has many: the exception is printed there as "ignored", and the command would run to its end.
+    has many: the exception would be printed there as "ignored", and the command run to its end.
     """
-    usual = sys.unraisablehook
-    pending: list[threading.Timer] = []
 
-    def again() -> None:
-        handled = signal.getsignal(signal.SIGTERM) is _terminate
-        main_thread = threading.main_thread().ident
-        assert main_thread is not None
-        signal.pthread_kill(main_thread, signal.SIGTERM if handled else signal.SIGINT)
+    def __init__(self) -> None:
+        self._usual: Callable[[Any], object] = sys.unraisablehook
+        self._timers: list[threading.Timer] = []
+        self._busy = self._missed = False
 
-    def hook(unraisable: sys.UnraisableHookArgs) -> None:
-        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
-            usual(unraisable)
-            return
-        timer = threading.Timer(0.001, again)  # not from in here, where it would be lost as well
-        timer.daemon = True
-        pending.append(timer)
-        with suppress(RuntimeError):  # the interpreter is shutting down
-            timer.start()
+    def __enter__(self) -> None:
+        self._usual = sys.unraisablehook
+        sys.unraisablehook = self._hook
 
-    sys.unraisablehook = hook
-    try:
-        yield
-    finally:
-        sys.unraisablehook = usual
-        for timer in pending:
+    def __exit__(self, *exception: object) -> None:
+        sys.unraisablehook = self._usual
+        for timer in self._timers:
             timer.cancel()
+        self._timers.clear()
+
+    def handle(self, signum: int, frame: object) -> None:
+        """Handle a signal: raise, but not from within the hook, where it would be lost as well."""
+        if not self._busy:
+            raise KeyboardInterrupt
+        self._missed = True
+
+    def _hook(self, unraisable: sys.UnraisableHookArgs) -> None:
+        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+            self._usual(unraisable)
+            return
+        self._busy = self._missed = True
+        while self._missed:
+            self._missed = False
+            timer = threading.Timer(0.001, self._send)
+            timer.daemon = True
+            self._timers.append(timer)
+            with suppress(RuntimeError):  # the interpreter is shutting down
+                timer.start()
+        self._busy = False
+
+    def _send(self) -> None:
+        main_thread = threading.main_thread().ident
+        if main_thread is not None and signal.getsignal(signal.SIGTERM) == self.handle:
+            signal.pthread_kill(main_thread, signal.SIGTERM)
 
 
-def _terminate(signum: int, frame: object) -> NoReturn:
-    raise KeyboardInterrupt
+_interrupts = _Redelivery()
 
 
 @click.group(cls=Mer, context_settings=CONTEXT)
@@ -200,7 +212,7 @@ def main(verbose: bool) -> None:
         format="mer: %(message)s",
         stream=sys.stderr,
     )
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, _interrupts.handle)
     # A plan of 100,000 utterances is a million objects that live to its end: looking for garbage
     # among them at Python's pace takes a third of the time.
     gc.set_threshold(200_000, 50, 100)

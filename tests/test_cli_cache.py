@@ -960,7 +960,7 @@ def test_an_interrupt_that_a_destructor_swallows_still_ends_an_export(
         timeout=120,
     )
     assert done.returncode == 130, done.stderr
-    assert done.stderr.strip() == "mer: interrupted. Nothing was written."
+    assert done.stderr.strip() == "mer: interrupted. TARGET is there as a whole or not at all."
     assert json.loads(done.stdout)["error"]["exit_code"] == 130
     assert not [path for path in out.rglob("*") if path.is_file()]
 

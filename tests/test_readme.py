@@ -22,6 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 COMMANDS = re.findall(r"^\$ mer (.+?)(?:\s+#.*)?$", README, flags=re.MULTILINE)
 
+IMPORTED = f"imported:name=theirs,format=npy,content={'0' * 32},outputs=features/4/float32"
+
 
 def parse(argv: list[str]) -> dict[str, object]:
     """Return the parameters that click reads, without running anything."""
@@ -37,7 +39,7 @@ def test_there_are_commands():
 
 @pytest.mark.parametrize("line", COMMANDS)
 def test_every_command_of_the_readme_parses_and_names_what_exists(line):
-    params = parse(shlex.split(line))
+    params = parse(shlex.split(line.replace("$FEATURE", IMPORTED)))
     recipes = [params["recipe"]] if "recipe" in params else params.get("recipe_names", ())
     for recipe in recipes:
         load_recipe(recipe, params.get("overrides", ()))
@@ -73,7 +75,40 @@ def test_the_python_example_runs(tmp_path, monkeypatch):
     exec(compile(code.replace(store, cache.stores()[0].url), "README.md", "exec"), names)
     data, lengths = names["data"], names["lengths"]
     assert data.shape == (3, int(lengths.max()), 80)
-    assert sorted(names["keys"].values()) == sorted(cache.stores()[0].keys())
+    (stored,) = cache.stores()
+    assert sorted(names["keys"].values()) == sorted(stored.keys())
+    frames = np.concatenate([stored.frames(key) for key in stored.keys()])  # noqa: SIM118
+    np.testing.assert_allclose(names["mean"], frames.mean(axis=0, dtype=np.float64), rtol=1e-5)
+
+
+def test_the_example_of_imported_features_trains(tmp_path, monkeypatch, capsys):
+    (example,) = re.findall(r"```console\n(\$ mer cache import their.+?)```", README, re.DOTALL)
+    lines = [line.removeprefix("$ ") for line in example.splitlines()]
+    assert [line.split()[0] for line in lines] == ["mer", "FEATURE=$(mer", "mer"]
+    rng = np.random.default_rng(0)
+    rows = ["id,path,label,speaker"]
+    (tmp_path / "their-FRA").mkdir()
+    for number in range(12):
+        name = f"u{number}"
+        clip = rng.uniform(-0.3, 0.3, 1_600 + number).astype(np.float32)
+        soundfile.write(tmp_path / f"{name}.wav", clip, 16_000)
+        np.save(tmp_path / "their-FRA" / name, rng.standard_normal((5, 4)).astype(np.float32))
+        rows.append(f"{name},{name}.wav,{'sad' if number % 2 else 'happy'},s{number // 4}")
+    (tmp_path / "my.csv").write_text("\n".join(rows) + "\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MER_CACHE", str(tmp_path / "cache"))
+
+    def mer(line: str) -> str:
+        with pytest.raises(SystemExit, match="^0$"):
+            main(args=shlex.split(line)[1:])
+        return capsys.readouterr().out
+
+    mer(lines[0])
+    command, _, filter_ = lines[1].removeprefix("FEATURE=$(").removesuffix(")").partition(" | ")
+    assert filter_ == "sed -n 's/^feature: //p'"
+    (feature,) = re.findall("^feature: (.+)$", mer(command), re.MULTILINE)
+    quick = " --set training.epochs=1 --seeds 1 --device cpu"
+    assert "run: " in mer(lines[2].replace("$FEATURE", feature) + quick)
 
 
 def test_the_make_targets_exist():
