@@ -28,13 +28,16 @@ import numpy as np
 
 from mer.cache import layout
 from mer.cache.errors import DamagedStoreError, StoreError
-from mer.cache.examine import StoreFacts, examine_part
+from mer.cache.examine import StoreFacts, examine_part, is_foreign
 from mer.cache.identity import FINGERPRINT_IN_NAME, KEY_BYTES
 from mer.cache.index import KeyIndex, key_array
+from mer.cache.place import is_store_name
 from mer.cache.raw import TEMPORARY_SUFFIX, raw_of
 from mer.cache.reader import PartGoneError, PartReader
 from mer.cache.rewrite import GENERATION, PART_BYTES, Stored, rank, rewrite
+from mer.cache.spec import FeatureSpec
 from mer.cache.store import Store
+from mer.cache.usage import left_behind
 
 if TYPE_CHECKING:
     from mer.cache.home import Cache
@@ -45,10 +48,6 @@ logger = logging.getLogger(__name__)
 SMALL_BYTES = 32 << 20
 _ABANDONED_FILE_S = 3600.0
 _UNFINISHED = re.compile(r"\.[0-9a-f]{32}")  # behind the name of a snapshot that is being written
-_BESIDE = re.compile(
-    rf"(.+-[0-9a-f]{{{FINGERPRINT_IN_NAME}}})\."
-    r"(tmp|quarantine|index(\.[0-9a-f]{32})?|parts\.json)"
-)
 PARTS_SUFFIX = ".parts.json"  # beside a store that web servers hand out: the list of its parts
 
 _TRIES = 5
@@ -79,7 +78,9 @@ class Step:
     bytes : int
         Bytes that it frees, as far as known beforehand.
     reason : str
-        Why.
+        Why: how many utterances match which criterion, are stored twice, and so on.
+    criterion : str
+        What the utterances that go have in common, as ``reason`` says it.
     kept : mapping of str to ndarray
         Rows of each part that go on in a new one.
     copies : mapping of str to ndarray
@@ -96,6 +97,7 @@ class Step:
     utterances: int = 0
     bytes: int = 0
     reason: str = ""
+    criterion: str = ""
     kept: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
     copies: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
     lost: Mapping[str, int] = field(default_factory=dict, repr=False, compare=False)
@@ -132,6 +134,43 @@ class GcPlan:
     def utterances(self) -> int:
         """Utterances that are dropped."""
         return sum(step.utterances for step in self.steps)
+
+    @property
+    def totals(self) -> tuple[Step, ...]:
+        """One step for each store and action, which is enough for people to read."""
+        groups: dict[tuple[str, str], list[Step]] = {}
+        for step in self.steps:
+            groups.setdefault((step.store, step.action), []).append(step)
+        return tuple(_sum(steps) for steps in groups.values())
+
+
+def _sum(steps: Sequence[Step]) -> Step:
+    if len(steps) == 1:
+        return steps[0]
+    first = steps[0]
+    parts = tuple(part for step in steps for part in step.parts)
+    utterances = sum(step.utterances for step in steps)
+    copies = sum(len(rows) for step in steps for rows in step.copies.values())
+    return Step(
+        store=first.store,
+        action=first.action,
+        parts=parts,
+        utterances=utterances,
+        bytes=sum(step.bytes for step in steps),
+        reason=_reason(first.action, first.criterion, utterances, copies, len(parts)),
+        criterion=first.criterion,
+    )
+
+
+def _reason(action: str, criterion: str, utterances: int, copies: int, parts: int) -> str:
+    reasons = []
+    if utterances:
+        reasons.append(f"{utterances} utterances {criterion}")
+    if copies:
+        reasons.append(f"{copies} utterances are stored twice")
+    if action == MERGE:
+        reasons.append(f"{parts} small parts")
+    return ", ".join(reasons) or "all of it is stored elsewhere"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,28 +240,43 @@ def plan(
 
     Notes
     -----
-    A store that cannot be opened is left as it is, with a note.
+    A store that cannot be opened is left as it is, with a note; one that is damaged is dropped
+    where nothing but its extractor was asked for, one that only did not answer never is.
     """
     steps: list[Step] = []
     notes: list[str] = []
     tables: list[_Table] = []
     places: dict[str, Store] = {}
+    matched: set[str] = set()
     whole = bool(extractors) and older_than_s is None and keep is None and max_bytes is None
     criterion = older_than_s is not None or keep is not None
     before = None if older_than_s is None else (time.time() if now is None else now) - older_than_s
-    for store in cache.stores() if stores is None else stores:
+    told = _criterion(older_than_s, max_bytes, keep is not None)
+
+    def clear_up(store: Store) -> None:
         try:
-            if extractors and not _is_of(store, extractors):
-                continue
+            steps.extend(_leftovers(store, quarantine, places))
+        except StoreError as error:
+            notes.append(f"What lies beside {store.name} is left as it is: {error}")
+
+    for store in cache.stores() if stores is None else stores:
+        patterns = _matching(store, extractors, notes)
+        if extractors and not patterns:
+            continue
+        matched |= patterns
+        why = _why(store, patterns)
+        try:
             table = _look_at(store)
         except StoreError as error:
-            if whole and (step := _drop_damaged(store, error)) is not None:
+            step = _drop_damaged(store, error, why) if whole else None
+            if step is None:
+                notes.append(f"{store.name} is left as it is: {error}")
+            else:
                 places[store.name] = store
                 steps.append(step)
-            else:
-                notes.append(f"{store.name} is left as it is: {error}")
-                steps.extend(_leftovers(store, quarantine, places))
+            clear_up(store)
             continue
+        table.criterion = why if whole else f"{told} ({why})" if why else told
         places[store.name] = store
         tables.append(table)
         if whole:
@@ -242,10 +296,17 @@ def plan(
             steps.append(table.drop_store())
         else:
             steps.extend(table.steps(compact))
-        steps.extend(_leftovers(table.store, quarantine, places))
-    if stores is None:
-        for store in _gone(cache):
-            steps.extend(_leftovers(store, quarantine, places))
+        clear_up(table.store)
+    for store in left_behind(cache) if stores is None else ():
+        patterns = _patterns(_names_in(store.name), extractors)
+        if patterns or not extractors:
+            matched |= patterns
+            clear_up(store)
+    notes += [
+        f"No store matches {pattern!r}. `mer cache ls` shows those that are there."
+        for pattern in dict.fromkeys(extractors)
+        if pattern not in matched
+    ]
     return GcPlan(
         steps=tuple(steps),
         bytes_before=sum(table.num_bytes for table in tables),
@@ -254,11 +315,58 @@ def plan(
     )
 
 
-def _is_of(store: Store, extractors: Sequence[str]) -> bool:
-    spec = store.spec
-    names = {store.name, spec.slug}
-    names |= {v for k in ("extractor", "name") if isinstance(v := spec.identity.get(k), str)}
-    return any(fnmatchcase(name, wanted) for name in names for wanted in extractors)
+def _criterion(older_than_s: float | None, max_bytes: int | None, unused: bool) -> str:
+    """Return what utterances that match have in common, for people."""
+    told = []
+    if older_than_s is not None:
+        days = older_than_s / 86400
+        age = f"{days:,.4g} days" if abs(days) >= 1 else f"{older_than_s:,.4g} s"
+        told.append(f"committed more than {age} ago")
+    if unused:
+        told.append("that nothing uses")
+    if max_bytes is not None:
+        told.append(f"to fit into {max_bytes:,} bytes")
+    return " and ".join(told)
+
+
+def _matching(store: Store, extractors: Sequence[str], notes: list[str]) -> set[str]:
+    """Return which patterns a store matches; one that cannot be asked has only its name."""
+    names = _names_in(store.name)
+    if extractors:
+        try:
+            names |= _names_of(store.spec)
+        except StoreError as error:
+            notes.append(f"{store.name} can be matched by its name alone: {error}")
+    return _patterns(names, extractors)
+
+
+def _names_in(name: str) -> set[str]:
+    """Return the name of a store, and without its digits."""
+    return {name, name[: -FINGERPRINT_IN_NAME - 1] if is_store_name(name) else name}
+
+
+def _names_of(spec: FeatureSpec) -> set[str]:
+    """Return the slug, the extractor, and what the user named imported features."""
+    options = spec.identity.get("options")
+    named = options.get("name") if isinstance(options, Mapping) else None
+    return {spec.slug} | {
+        name for name in (spec.identity.get("extractor"), named) if isinstance(name, str)
+    }
+
+
+def _patterns(names: set[str], extractors: Sequence[str]) -> set[str]:
+    return {wanted for wanted in extractors if any(fnmatchcase(n, wanted) for n in names)}
+
+
+def _why(store: Store, patterns: set[str]) -> str:
+    """Return which patterns chose a store, for people."""
+    if not patterns:
+        return ""
+    try:
+        slug = store.spec.slug
+    except StoreError:
+        slug = min(_names_in(store.name), key=len)
+    return f"extractor {slug} matches {', '.join(map(repr, sorted(patterns)))}"
 
 
 def _look_at(store: Store) -> _Table:
@@ -269,35 +377,33 @@ def _look_at(store: Store) -> _Table:
     return _Table(store)
 
 
-def _drop_damaged(store: Store, error: StoreError) -> Step | None:
-    """Return the step that drops a store that cannot be opened, if it can be listed."""
+def _drop_damaged(store: Store, error: StoreError, why: str) -> Step | None:
+    """Return the step that drops a store that is damaged, not one that only did not answer."""
+    if not isinstance(error, DamagedStoreError) or isinstance(error, PartGoneError):
+        return None
     try:
         raw = raw_of(store.place)
-        parts = raw.listing().by_part()
-        names = [name for name in store.place.part_names() if name in parts]
-        stamps = raw.stamps(names)
+        listing = raw.listing()
+        if is_foreign(store.place, listing):
+            return None
+        # In an object store, one without a manifest is being uploaded.
+        parts = {
+            name: its
+            for name, its in listing.by_part().items()
+            if store.place.path is not None or layout.METADATA in its.files
+        }
+        stamps = raw.stamps(list(parts))
     except StoreError:
         return None
     return Step(
         store=store.name,
         action=DROP_STORE,
-        parts=tuple(names),
-        bytes=sum(file.bytes for name in names for file in parts[name].files.values()),
-        reason=f"extractor {store.spec.slug}; it is damaged: {error}",
+        parts=tuple(parts),
+        bytes=sum(file.bytes for part in parts.values() for file in part.files.values()),
+        reason=f"{why}; it is damaged: {error}",
+        criterion=why,
         stamps=stamps,
     )
-
-
-def _gone(cache: Cache) -> list[Store]:
-    """Return the stores that are not there any more, of which something still lies beside."""
-    if not cache.is_local:
-        return []
-    try:
-        names = os.listdir(cache.root)
-    except OSError:
-        return []
-    found = {match[1] for name in names if (match := _BESIDE.fullmatch(name)) is not None}
-    return [Store(cache.home.place(name)) for name in sorted(found.difference(names))]
 
 
 def _unfinished_indexes(place: Place) -> list[Path]:
@@ -350,6 +456,7 @@ class _Table:
 
     def __init__(self, store: Store) -> None:
         self.store = store
+        self.criterion = ""  # what is common to what is dropped
         raw = raw_of(store.place)
         self.stamps = raw.stamps(store.place.part_names())
         store.refresh()
@@ -401,9 +508,8 @@ class _Table:
         kept[ranked[KeyIndex(self.keys[ranked]).rows]] = True
         return kept
 
-    def kept_bytes(self, part: int, kept: np.ndarray) -> int:
-        """Return about how many bytes the kept rows of a part take."""
-        mine = kept[self.rows(part)]
+    def kept_bytes(self, part: int, mine: np.ndarray) -> int:
+        """Return about how many bytes some rows of a part, (U,) bool, take."""
         if mine.all():
             return self.sizes[part]
         if not mine.any():
@@ -428,7 +534,8 @@ class _Table:
             parts=tuple(part.id for part in self.parts),
             utterances=sum(lost.values()),
             bytes=self.num_bytes,
-            reason=f"extractor {self.store.spec.slug}",
+            reason=self.criterion,
+            criterion=self.criterion,
             lost=lost,
             stamps=self.stamps_of(lost),
         )
@@ -440,28 +547,27 @@ class _Table:
     def steps(self, compact: bool) -> Iterator[Step]:
         """Yield what to do with the parts."""
         kept = self.kept()
+        lost = self._lost(kept)
+        sizes = [self.kept_bytes(i, kept[self.rows(i)]) for i in range(len(self.parts))]
         small: list[int] = []
         partial: list[int] = []
-        for i, part in enumerate(self.parts):
+        for i in range(len(self.parts)):
             mine = kept[self.rows(i)]
             if not mine.any():
-                yield self._step(DROP_PART, [i], kept)
-                continue
-            size = self.kept_bytes(i, kept)
-            if compact and size < SMALL_BYTES:
+                yield self._step(DROP_PART, [i], kept, lost, sizes)
+            elif compact and sizes[i] < SMALL_BYTES:
                 small.append(i)
             elif not mine.all():
                 partial.append(i)
-            assert part.num_utterances
-        for group in self._groups(small, kept):
+        for group in self._groups(small, sizes):
             if len(group) > 1:
-                yield self._step(MERGE, group, kept)
+                yield self._step(MERGE, group, kept, lost, sizes)
             elif not kept[self.rows(group[0])].all():
                 partial.append(group[0])
         for i in sorted(partial):
-            yield self._step(REWRITE, [i], kept)
+            yield self._step(REWRITE, [i], kept, lost, sizes)
 
-    def _groups(self, small: list[int], kept: np.ndarray) -> list[list[int]]:
+    def _groups(self, small: list[int], sizes: Sequence[int]) -> list[list[int]]:
         """Return small parts that fit into one, of one set of types, neighbours in age."""
         groups: list[list[int]] = []
         types: dict[tuple[str, ...], list[int]] = {}
@@ -471,18 +577,24 @@ class _Table:
         for same in types.values():
             room = 0
             for i in sorted(same, key=lambda i: (self.modified[i], self.parts[i].id)):
-                size = self.kept_bytes(i, kept)
-                if size > room:
+                if sizes[i] > room:
                     groups.append([])
                     room = PART_BYTES
                 groups[-1].append(i)
-                room -= size
+                room -= sizes[i]
         return groups
 
-    def _step(self, action: str, parts: list[int], kept: np.ndarray) -> Step:
+    def _step(
+        self,
+        action: str,
+        parts: list[int],
+        kept: np.ndarray,
+        lost: np.ndarray,
+        sizes: Sequence[int],
+    ) -> Step:
         rows: dict[str, np.ndarray] = {}
         copies: dict[str, np.ndarray] = {}
-        lost: dict[str, int] = {}
+        lost_of: dict[str, int] = {}
         num_copies = 0
         for i in parts:
             name, mine = self.parts[i].id, self.rows(i)
@@ -490,26 +602,19 @@ class _Table:
             twice = ~kept[mine] & ~self.dropped[mine]
             copies[name] = np.flatnonzero(twice)
             num_copies += int(twice.sum())
-            lost[name] = int(self._lost(kept)[mine].sum())
-        gone = sum(lost.values())
-        reasons = []
-        if gone:
-            reasons.append(f"{gone} utterances match the criteria")
-        if num_copies:
-            reasons.append(f"{num_copies} utterances are stored twice")
-        if action == MERGE:
-            reasons.append(f"{len(parts)} small parts")
-        new = sum(self.kept_bytes(i, kept) for i in parts)
+            lost_of[name] = int(lost[mine].sum())
+        gone = sum(lost_of.values())
         return Step(
             store=self.store.name,
             action=action,
             parts=tuple(rows),
             utterances=gone,
-            bytes=sum(self.sizes[i] for i in parts) - new,
-            reason=", ".join(reasons) or "all of it is stored elsewhere",
+            bytes=sum(self.sizes[i] - sizes[i] for i in parts),
+            reason=_reason(action, self.criterion, gone, num_copies, len(parts)),
+            criterion=self.criterion,
             kept={} if action == DROP_PART else rows,
             copies={name: some for name, some in copies.items() if len(some)},
-            lost=lost,
+            lost=lost_of,
             stamps=self.stamps_of(rows),
         )
 
@@ -538,31 +643,25 @@ def _shrink(tables: Sequence[_Table], max_bytes: int) -> None:
         ),
         key=lambda item: item[:3],
     )
-    sizes: dict[tuple[int, int], int] = {}
     at = 0
     while True:
         # Dropping one copy of an utterance may bring another back: look again at the end.
-        total = 0
-        for number, table in enumerate(tables):
-            kept = table.kept()
-            for i in range(len(table.parts)):
-                sizes[number, i] = table.kept_bytes(i, kept)
-                total += sizes[number, i]
+        kept = {id(table): table.kept() for table in tables}
+        sizes = {
+            (id(table), i): table.kept_bytes(i, kept[id(table)][table.rows(i)])
+            for table in tables
+            for i in range(len(table.parts))
+        }
+        total = sum(sizes.values())
         if total <= max_bytes or at == len(candidates):
             return
-        numbers = {id(table): number for number, table in enumerate(tables)}
         while total > max_bytes and at < len(candidates):
             _, _, _, table, i = candidates[at]
             at += 1
             mine = table.rows(i)
-            freed = sizes[numbers[id(table)], i]
-            chosen = np.zeros(table.num_rows, bool)
-            chosen[mine] = table.allowed[mine]
-            if not chosen[mine].all():
-                rest = ~chosen & table.kept()
-                freed -= table.kept_bytes(i, rest)
-            table.drop(chosen)
-            total -= freed
+            table.dropped[mine] |= table.allowed[mine]
+            rest = kept[id(table)][mine] & ~table.allowed[mine]
+            total -= sizes[id(table), i] - table.kept_bytes(i, rest)
 
 
 def generation(part: PartReader) -> int:
@@ -664,9 +763,8 @@ class _Work:
 
     def rewrite(self, store: Store, step: Step) -> None:
         """Write what stays of some parts to new ones, then remove them."""
-        readers = self._present(store, step)
-        whole = [p for p in readers if len(step.kept[p.id]) == p.num_utterances]
-        if len(whole) == len(readers) < 2:  # another process has merged the rest
+        readers = self._readable(store, step, self._present(store, step))
+        if not _is_worth(step, readers):  # another process has merged the rest
             return
         if not self._copies_are_safe(store, step, readers):
             return
@@ -688,6 +786,32 @@ class _Work:
             if len(step.kept[old.id]):
                 self._write(store, step, [old])
             self.parts_merged += self._remove(store, step, old)
+
+    def _readable(
+        self, store: Store, step: Step, readers: Sequence[PartReader]
+    ) -> list[PartReader]:
+        """Return the parts of which everything that stays can be read.
+
+        What is read and found sound here is read a second time from memory.
+        """
+        found = []
+        for part in readers if _is_worth(step, readers) else ():
+            try:
+                for _ in _utterances([part], step.kept, store):
+                    pass
+            except PartGoneError:
+                continue
+            except DamagedStoreError as error:
+                self._note_damaged(store, part.id, error)
+                continue
+            found.append(part)
+        return found
+
+    def _note_damaged(self, store: Store, part: str, error: DamagedStoreError) -> None:
+        note = f"{store.name}: part {part} is damaged and stays as it is: {error}"
+        if "--repair" not in note:
+            note += " `mer cache verify --repair` takes care of it."
+        self.notes.append(note)
 
     def _write(self, store: Store, step: Step, readers: Sequence[PartReader]) -> list[PartReader]:
         """Write what stays of some parts and return the new ones."""
@@ -734,7 +858,13 @@ class _Work:
         """Return readers of the parts that are still those that were looked at."""
         # Theirs are the manifests of the plan only if that holds after they were read.
         names = [name for name in step.parts if self._is_as_planned(store, step, name)]
-        readers = [part for part in _readers(store, names) if part is not None]
+        read = store.place.read_parts(names, store.spec.outputs, store.fingerprint)
+        readers = []
+        for name, part in zip(names, read, strict=True):
+            if isinstance(part, DamagedStoreError):
+                self._note_damaged(store, name, part)
+            elif part is not None:
+                readers.append(part)
         return [part for part in readers if self._is_as_planned(store, step, part.id)]
 
     def _remove(self, store: Store, step: Step, part: PartReader) -> bool:
@@ -808,6 +938,11 @@ _ACTIONS: dict[str, Callable[[_Work, Any, Step], None]] = {
     SWEEP: _Work.sweep,
     DROP_QUARANTINE: _Work.drop_quarantine,
 }
+
+
+def _is_worth(step: Step, readers: Sequence[PartReader]) -> bool:
+    """Whether writing what stays of some parts anew changes anything."""
+    return len(readers) > 1 or any(len(step.kept[p.id]) < p.num_utterances for p in readers)
 
 
 def _readers(store: Store, parts: Sequence[str]) -> list[PartReader | None]:

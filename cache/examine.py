@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import google_crc32c
 import numpy as np
@@ -45,14 +45,18 @@ from mer.cache.mend import (
     with_trailer,
     xxh3,
 )
-from mer.cache.raw import BLOCK_BYTES, Listing, Raw
+from mer.cache.raw import BLOCK_BYTES, Listing, Raw, raw_of
 from mer.cache.reader import ShardLayout
 from mer.cache.snapshot import Snapshot
 from mer.cache.spec import OutputSpec
 from mer.cache.staging import Buffer
 
+if TYPE_CHECKING:
+    from mer.cache.place import Place
+
 _MENDABLE_BYTES = 64 << 20  # larger arrays are not searched for a damaged byte
 
+FOREIGN = "is named like a store and holds nothing of one; it is left as it is"
 NUM_NAMES = 5  # that a rewritten part may have
 
 Progress = Callable[[int], None]
@@ -172,6 +176,24 @@ def spare_name(part: str, number: int) -> str:
         return part
     text = f"{part} {number}".encode("ascii")
     return hashlib.blake2b(text, digest_size=16).hexdigest()
+
+
+def is_foreign(place: Place, listing: Listing) -> bool:
+    """Whether nothing shows that a folder which is named like a store is, or was, one."""
+    index = place.index_path()
+    if listing.by_part() or listing.unreadable or (index is not None and index.exists()):
+        return False
+    raw = raw_of(place)
+    group = layout.to_bytes(layout.group_document())
+    for file, mark in ((layout.METADATA, b'"mer"'), (f"{layout.PARTS}/{layout.METADATA}", group)):
+        try:
+            if mark in raw.read(file).tobytes():
+                return False
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except (OSError, StoreError):
+            return False
+    return not raw.listing(layout.QUARANTINE_SUFFIX).files
 
 
 def examine_part(

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mer.cache import layout
+from mer.cache.identity import FINGERPRINT_IN_NAME
 from mer.cache.raw import TEMPORARY_SUFFIX, raw_of
+from mer.cache.store import Store
 
 if TYPE_CHECKING:
-    from mer.cache.store import Store
+    from mer.cache.home import Cache
+
+_BESIDE = re.compile(
+    rf"(.+-[0-9a-f]{{{FINGERPRINT_IN_NAME}}})\."
+    r"(tmp|quarantine|index(\.[0-9a-f]{32})?|parts\.json)"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +99,23 @@ def usage(store: Store) -> StoreUsage:
         files=len(listing.files),
         **sums,
     )
+
+
+def left_behind(cache: Cache) -> list[Store]:
+    """Return the stores that are not there any more, of which something still lies beside.
+
+    ``usage`` of one counts its quarantine and what processes that are gone have left.
+    """
+    bucket = getattr(cache.home, "bucket", None)
+    if bucket is not None:
+        names = [] if bucket.is_web else bucket.folders()
+    else:
+        try:
+            names = os.listdir(cache.root)
+        except OSError:
+            return []
+    found = {match[1] for name in names if (match := _BESIDE.fullmatch(name)) is not None}
+    return [Store(cache.home.place(name)) for name in sorted(found.difference(names))]
 
 
 def total_usage(usages: Sequence[StoreUsage]) -> StoreUsage:

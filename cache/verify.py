@@ -19,11 +19,13 @@ import numpy as np
 from mer.cache import layout, snapshot
 from mer.cache.errors import DamagedStoreError, StoreError, StoreFormatError
 from mer.cache.examine import (
+    FOREIGN,
     Examination,
     Fault,
     Progress,
     StoreFacts,
     examine_part,
+    is_foreign,
     newer_format,
     respelled,
 )
@@ -205,8 +207,8 @@ class _Verifier:
     def run(self, repair: bool) -> None:
         """Check, report, and repair if asked to."""
         listing = self._raw.listing()
-        if self._is_foreign(listing):
-            self._note("is named like a store and holds nothing of one; it is left as it is")
+        if is_foreign(self._place, listing):
+            self._note(FOREIGN)
             return
         facts = self._root(listing)
         self._parts_group(listing)
@@ -221,22 +223,6 @@ class _Verifier:
             self._attempt(layout.METADATA, self._repair_metadata)
 
     # The store itself --------------------------------------------------------------------------
-
-    def _is_foreign(self, listing: Listing) -> bool:
-        """Whether nothing shows that a folder is, or was, a store."""
-        index = self._place.index_path()
-        if listing.by_part() or listing.unreadable or (index is not None and index.exists()):
-            return False
-        group = layout.to_bytes(layout.group_document())
-        for file, mark in ((layout.METADATA, b'"mer"'), (_PARTS_METADATA, group)):
-            try:
-                if mark in self._raw.read(file).tobytes():
-                    return False
-            except (FileNotFoundError, NotADirectoryError):
-                continue
-            except (OSError, StoreError):
-                return False
-        return not self._raw.listing(layout.QUARANTINE_SUFFIX).files
 
     def _root(self, listing: Listing) -> StoreFacts:
         """Check the root's metadata and return what it tells."""

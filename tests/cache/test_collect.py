@@ -13,16 +13,20 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from s3_server import s3
+from s3_server import settings as settings_of
 
 from mer.cache import collect, layout, reader, staging
 from mer.cache.collect import GcPlan, GcReport, plan, run
-from mer.cache.errors import StorageFullError
+from mer.cache.errors import DamagedStoreError, StorageFullError, StoreError
 from mer.cache.home import Cache
+from mer.cache.index import KeyIndex
 from mer.cache.place import LocalPlace
 from mer.cache.raw import LocalRaw
 from mer.cache.rewrite import Stored, rewrite
 from mer.cache.spec import FeatureSpec, OutputSpec
 from mer.cache.store import Store
+from mer.cache.usage import left_behind, usage
 from mer.cache.verify import verify
 from mer.cache.writer import PartWriter
 
@@ -235,7 +239,7 @@ def test_parts_older_than_an_age_are_dropped(tmp_path):
     gc, report = collected(tmp_path, older_than_s=2000.0, now=6000.0)
     (step,) = gc.steps
     assert (step.action, step.parts, step.utterances) == ("drop part", (old,), 2)
-    assert step.reason == "2 utterances match the criteria"
+    assert step.reason == "2 utterances committed more than 2,000 s ago"
     assert report.utterances == 2
     assert content(tmp_path).keys() == {key(3)}
 
@@ -727,3 +731,263 @@ def test_what_is_not_dropped_is_kept_bit_for_bit(tmp_path_factory, parts, used, 
     assert size(store) <= was
     assert plan(Cache(root), **criteria).steps == ()
     shutil.rmtree(root)
+
+
+def unanswered(monkeypatch: pytest.MonkeyPatch, name: str, times: int) -> None:
+    """Let a server refuse to hand out the metadata of a store."""
+    real = LocalPlace.metadata
+    left = [times]
+
+    def metadata(self):
+        if self.name == name and left[0]:
+            left[0] -= 1
+            raise StoreError("503 Slow Down")
+        return real(self)
+
+    monkeypatch.setattr(LocalPlace, "metadata", metadata)
+
+
+@pytest.mark.parametrize("times", [1, 2, 99])
+def test_a_store_that_does_not_answer_is_not_dropped_for_that(tmp_path, monkeypatch, times):
+    other = opened(tmp_path, OTHER)
+    add(other, [1])
+    add(opened(tmp_path), [1])
+    unanswered(monkeypatch, other.name, times)
+    gc = plan(Cache(tmp_path), extractors=["test"])
+    assert [(step.action, step.store[:4]) for step in gc.steps] == [("drop store", "test")]
+    assert f"{other.name} can be matched by its name alone: 503 Slow Down" in gc.notes
+
+
+def test_a_chosen_store_that_does_not_answer_is_left_as_it_is(tmp_path, monkeypatch):
+    store = opened(tmp_path)
+    add(store, [1])
+    unanswered(monkeypatch, store.name, 99)
+    gc = plan(Cache(tmp_path), extractors=["test*"])
+    assert gc.steps == ()
+    assert gc.notes[-1] == f"{store.name} is left as it is: 503 Slow Down"
+
+
+@pytest.mark.parametrize("pattern", ["test-final", "test-final-*"])
+@pytest.mark.parametrize("harm", [os.unlink, lambda file: file.write_text("{")], ids=["", "cut"])
+def test_a_store_without_metadata_is_dropped_by_its_name_and_stops_nothing(tmp_path, pattern, harm):
+    store, other = opened(tmp_path), opened(tmp_path, OTHER)
+    add(store, [1])
+    for number in (1, 2):
+        add(other, [number])
+    harm(store.path / "zarr.json")
+    gc = plan(Cache(tmp_path))
+    assert [(step.store, step.action) for step in gc.steps] == [(other.name, "merge parts")]
+    gc = plan(Cache(tmp_path), extractors=["other"])
+    assert [(step.store, step.action) for step in gc.steps] == [(other.name, "drop store")]
+    assert plan(Cache(tmp_path), extractors=["te?t"]).steps == ()
+    report = run(plan(Cache(tmp_path), extractors=[pattern]))
+    assert report.stores_dropped == 1
+    assert [path.name for path in tmp_path.iterdir()] == [other.name]
+
+
+def test_a_folder_that_is_only_named_like_a_store_is_not_dropped(tmp_path):
+    folder = tmp_path / "thesis-0123456789abcdef"
+    folder.mkdir()
+    (folder / "one.tex").write_text("mine")
+    gc = plan(Cache(tmp_path), extractors=["thesis"])
+    assert gc.steps == ()
+    assert f"{folder.name} is left as it is" in gc.notes[-1]
+    run(gc)
+    assert (folder / "one.tex").read_text() == "mine"
+
+
+def test_a_criterion_that_matches_nothing_is_told(tmp_path):
+    add(opened(tmp_path), [1])
+    gc = plan(Cache(tmp_path), extractors=["tset", "test", "wav*"])
+    assert actions(gc) == ["drop store"]
+    assert gc.notes == (
+        "No store matches 'tset'. `mer cache ls` shows those that are there.",
+        "No store matches 'wav*'. `mer cache ls` shows those that are there.",
+    )
+
+
+def test_imported_features_are_chosen_by_the_name_they_were_given(tmp_path):
+    spec = FeatureSpec(
+        slug="imported-mine",
+        identity={"extractor": "imported", "options": {"name": "mine"}},
+        outputs=SPEC.outputs,
+    )
+    add(opened(tmp_path, spec), [1])
+    add(opened(tmp_path), [1])
+    for name in ("mine", "imported", "imported-mine"):
+        (step,) = plan(Cache(tmp_path), extractors=[name]).steps
+        assert step.store == opened(tmp_path, spec).name
+        assert step.reason == f"extractor imported-mine matches {name!r}"
+
+
+def searches(monkeypatch: pytest.MonkeyPatch, root: Path, **criteria: object) -> int:
+    """Count how often all keys of a store are gone through."""
+    made = []
+    with monkeypatch.context() as patch:
+        patch.setattr(collect, "KeyIndex", lambda keys: made.append(1) or KeyIndex(keys))
+        assert len(plan(Cache(root), compact=False, **criteria).steps) > 1  # type: ignore[arg-type]
+    return len(made)
+
+
+@pytest.mark.parametrize("criteria", [{"keep": {key(2), key(5)}}, {"max_bytes": 0}])
+def test_what_is_planned_for_a_part_does_not_go_through_all_others(tmp_path, monkeypatch, criteria):
+    counts = []
+    for number in (3, 12):
+        root = tmp_path / str(number)
+        store = opened(root)
+        for first in range(0, 3 * number, 3):
+            add(store, range(first, first + 3))
+        counts.append(searches(monkeypatch, root, **criteria))
+    assert counts[0] == counts[1]
+
+
+def spoil(store: Store, part: str) -> None:
+    """Flip a byte that planning does not read."""
+    shard = store.path / "parts" / part / "final/frames/c/0/0"
+    data = bytearray(shard.read_bytes())
+    data[7] ^= 1
+    shard.write_bytes(data)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["seen when read", "seen when listed"])
+def test_parts_are_merged_without_those_that_are_damaged(tmp_path, late):
+    store = opened(tmp_path)
+    names = [add(store, [number, number + 1]) for number in (1, 3, 5, 7)]
+    before, was = content(tmp_path), size(store)
+    if not late:
+        spoil(store, names[1])
+    gc = plan(Cache(tmp_path))
+    assert actions(gc) == ["merge parts"]
+    if late:
+        (store.path / "parts" / names[1] / "final/pooled/c/0/0/0").unlink()
+    report = run(gc)
+    (note,) = report.notes
+    assert f"part {names[1]} is damaged and stays as it is" in note
+    assert note.count("mer cache verify --repair") == 1
+    assert (report.parts_merged, report.parts_written) == (3, 1)
+    assert len(store.place.part_names()) == 2
+    if not late:
+        assert report.bytes_freed == was - size(store) > 0
+        again = run(plan(Cache(tmp_path)))
+        assert (again.parts_written, again.parts_merged, again.bytes_freed) == (0, 0, 0)
+    verify([Store(store.path)], repair=True)
+    after = content(tmp_path)
+    assert after == {its: before[its] for its in after}
+    assert before.keys() - after.keys() <= {key(3), key(4)}
+
+
+def test_merging_keeps_a_copy_whose_better_one_turns_out_damaged(tmp_path):
+    store = opened(tmp_path)
+    names = sorted([add(store, [1, 2]), add(store, [1, 3]), add(store, [1, 4])])
+    before = content(tmp_path)
+    spoil(store, names[0])
+    report = run(plan(Cache(tmp_path)))
+    assert sorted(store.place.part_names()) == names
+    assert any("the other copy of 1 utterances is gone or damaged" in n for n in report.notes)
+    verify([Store(store.path)], repair=True)
+    after = content(tmp_path)
+    assert len(before.keys() - after.keys()) <= 1
+    assert key(1) in after
+
+
+def test_a_rewriting_that_fails_midway_leaves_nothing_behind(tmp_path):
+    store = opened(tmp_path)
+    add(store, [1])
+
+    def broken():
+        yield Stored(key(7), 1, arrays_of(7), {"final": np.zeros((2, 3), np.float32)})
+        raise DamagedStoreError("the second one is damaged")
+
+    with pytest.raises(DamagedStoreError, match="the second one is damaged"):
+        rewrite(store.place, SPEC, store.fingerprint, broken(), generation=1)
+    assert content(tmp_path).keys() == {key(1)}
+
+
+@pytest.mark.parametrize("where", ["frames", "pooled"])
+def test_nothing_that_is_not_finite_is_written_anew(tmp_path, where):
+    store = opened(tmp_path)
+    found = Stored(key(7), 1, arrays_of(7), {"final": np.zeros((2, 3), np.float32)})
+    (found.arrays if where == "frames" else found.pooled)["final"][0, 0] = np.nan
+    with pytest.raises(DamagedStoreError, match="holds NaN or an infinity"):
+        rewrite(store.place, SPEC, store.fingerprint, [found], generation=1)
+    assert store.place.part_names() == []
+
+
+def arrays_of(number: int) -> dict[str, np.ndarray]:
+    """As they are stored."""
+    its = arrays(number)
+    return {"final": its["final"].astype(np.float16), "code": its["code"]}
+
+
+def test_the_quarantine_of_a_store_that_was_dropped_is_counted_and_can_be_deleted(tmp_path):
+    for spec in (SPEC, OTHER):
+        store = opened(tmp_path, spec)
+        (store.path / "parts" / add(store, [1]) / "zarr.json").write_text("{")
+        verify([Store(store.path)], repair=True)
+        add(store, [2])
+    run(plan(Cache(tmp_path), extractors=["test"]))
+    (orphan,) = left_behind(Cache(tmp_path))
+    assert orphan.name.startswith("test-final-")
+    counted = usage(orphan)
+    assert counted.quarantine == counted.total > 1000
+    assert plan(Cache(tmp_path), extractors=["nothing"], quarantine=True).steps == ()
+    gc = plan(Cache(tmp_path), extractors=["test-f*"], quarantine=True)
+    assert [(step.store, step.action) for step in gc.steps] == [(orphan.name, "drop quarantine")]
+    assert gc.notes == ()
+    assert run(gc).bytes_freed == counted.quarantine
+    assert left_behind(Cache(tmp_path)) == []
+    assert plan(Cache(tmp_path), quarantine=True).bytes_freed > 1000  # that of the other
+
+
+def test_the_quarantine_of_a_damaged_store_goes_with_it_on_request(tmp_path):
+    store = opened(tmp_path)
+    name = add(store, [1])
+    (store.path / "parts" / name / "zarr.json").write_text("{")
+    verify([Store(store.path)], repair=True)
+    (store.path / "parts" / add(opened(tmp_path), [2]) / "zarr.json").write_text("{")
+    gc = plan(Cache(tmp_path), extractors=["test"], quarantine=True)
+    assert actions(gc) == ["drop store", "drop quarantine"]
+    run(gc)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_orphaned_quarantine_in_a_bucket_is_found(tmp_path, monkeypatch):
+    with s3() as bucket:
+        for name, value in settings_of(bucket.gateway.url).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+        store = opened(bucket.url)  # type: ignore[arg-type]
+        bucket.object(f"{OTHER.slug}-{'0' * 16}.quarantine/part-1/zarr.json", b"{}")
+        bucket.object(f"{store.name}.quarantine/part-1/zarr.json", b"{}")
+        (orphan,) = left_behind(Cache(bucket.url))
+        assert usage(orphan).quarantine == 2
+        gc = plan(Cache(bucket.url), quarantine=True)
+        assert {(s.store, s.action) for s in gc.steps} == {
+            (name, "drop quarantine") for name in (store.name, orphan.name)
+        }
+        assert run(gc).bytes_freed == 4
+        assert left_behind(Cache(bucket.url)) == []
+
+
+def test_totals_say_what_matched_which_criterion_once_per_store_and_action(tmp_path):
+    store = opened(tmp_path)
+    for first in range(0, 9, 3):
+        age(store, add(store, range(first, first + 3)), 1000.0)
+    criteria = {
+        "older_than_s": 3 * 86400.0,
+        "now": 4 * 86400.0,
+        "keep": {key(0), key(1)},
+        "extractors": ["te*"],
+    }
+    gc = plan(Cache(tmp_path), compact=False, **criteria)  # type: ignore[arg-type]
+    assert sorted(actions(gc)) == ["drop part", "drop part", "rewrite parts"]
+    matches = (
+        "committed more than 3 days ago and that nothing uses (extractor test-final matches 'te*')"
+    )
+    totals = {total.action: total for total in gc.totals}
+    assert len(gc.totals) == 2
+    assert totals["drop part"].reason == f"6 utterances {matches}"
+    assert totals["rewrite parts"].reason == f"1 utterances {matches}"
+    assert len(totals["drop part"].parts) == 2
+    assert sum(total.bytes for total in gc.totals) == gc.bytes_freed
+    assert sum(total.utterances for total in gc.totals) == gc.utterances == 7

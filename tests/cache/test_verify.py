@@ -85,6 +85,7 @@ def content(store: Store) -> Content:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Do not wait for the disk, where nobody cuts the power, and look at files every time."""
+    monkeypatch.setattr(layout, "CHUNK_FRAMES", 512)  # which chunk concerns whom is told below
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     monkeypatch.setattr(reader._pool, "limit", 0)
 
