@@ -16,7 +16,7 @@ from mer.cache.errors import DamagedStoreError, StoreFormatError
 from mer.cache.spec import OutputSpec
 
 FORMAT_VERSION = 1
-CHUNK_FRAMES = 512
+CHUNK_FRAMES = 128
 CRC_BYTES = 4
 INDEX_ENTRY_BYTES = 16  # offset and length of one inner chunk, uint64 each
 

@@ -205,10 +205,9 @@ class LocalPlace:
     def prefetch(self, wanted: Sequence[tuple[PartReader, str, int, int]]) -> None:
         """Ask the system to read ahead."""
         for part, output, start, stop in wanted:
-            if start < stop:
+            if start < stop and isinstance(part.at, MappedFiles):
                 shard: ShardLayout = part.shard(output)
-                first, last = start // shard.rows, (stop - 1) // shard.rows
-                MappedFiles(self._folder(part.id)).will_need(shard, first, last)
+                part.at.will_need(shard, start // shard.rows, (stop - 1) // shard.rows)
 
     def staging(self) -> AbstractContextManager[Path]:
         """Yield a path on the file system of the store, outside its hierarchy."""

@@ -187,6 +187,11 @@ class PartReader:
         fresh = {"_offsets": {}, "_verified": set(), "from_snapshot": False}
         return {name: getattr(self, name) for name in kept} | fresh
 
+    @property
+    def at(self) -> PartFiles:
+        """The files of the part."""
+        return self._at
+
     def preset(self, num_utterances: int, num_bytes: int) -> None:
         """Take over what a snapshot of the store knows; the manifest is still read before data."""
         self.num_utterances, self.num_bytes = num_utterances, num_bytes
@@ -354,10 +359,11 @@ class MappedFiles:
     def __init__(self, folder: Path) -> None:
         self.where = str(folder)
         self._verified: dict[str, bytearray] = {}  # per shard one flag per inner chunk
+        self._next: dict[str, int] = {}  # per shard the chunk after what was read first of it last
 
     def __getstate__(self) -> dict[str, Any]:
         """Return where the part is: what was verified holds for this process alone."""
-        return {"where": self.where, "_verified": {}}
+        return {"where": self.where, "_verified": {}, "_next": {}}
 
     def manifest(self) -> bytes:
         """Return the part's ``zarr.json``."""
@@ -413,27 +419,25 @@ class MappedFiles:
             verified = self._open(shard, data, path)
         block = data[first * shard.chunk_bytes : (last + 1) * shard.chunk_bytes]
         block = block.reshape(last + 1 - first, shard.chunk_bytes)
-        for chunk in range(first, last + 1):
-            if not verified[chunk]:
-                shard.verify(block[chunk - first : chunk - first + 1], chunk, path)
-                verified[chunk] = 1
+        unread = verified.find(0, first, last + 1)
+        if unread >= 0:
+            # Who reads on from where he was is served best by the system's own reading ahead.
+            if unread != self._next.get(shard.file, 0):
+                self.will_need(shard, unread, last)
+            self._next[shard.file] = last + 1
+            for chunk in range(unread, last + 1):
+                if not verified[chunk]:
+                    shard.verify(block[chunk - first : chunk - first + 1], chunk, path)
+                    verified[chunk] = 1
         return block
 
     def will_need(self, shard: ShardLayout, first: int, last: int) -> None:
-        """Ask the system to read inner chunks ahead."""
-        path = f"{self.where}/{shard.file}"
-        try:
-            descriptor = os.open(path, os.O_RDONLY)
-        except OSError:  # whoever reads will say what is wrong
+        """Have chunks that were not read yet brought from the disk in one go, not page by page."""
+        verified = self._verified.get(shard.file)
+        if verified is not None and verified.find(0, first, last + 1) < 0:
             return
-        try:
-            begin = first * shard.chunk_bytes
-            length = (last + 1) * shard.chunk_bytes - begin
-            os.posix_fadvise(descriptor, begin, length, os.POSIX_FADV_WILLNEED)
-        except (AttributeError, OSError):  # not on this system
-            pass
-        finally:
-            os.close(descriptor)
+        begin, end = first * shard.chunk_bytes, (last + 1) * shard.chunk_bytes
+        _read_soon(f"{self.where}/{shard.file}", begin, end - begin)
 
     def _map(self, path: str, num_bytes: int) -> np.ndarray:
         try:
@@ -443,7 +447,10 @@ class MappedFiles:
 
     def _open(self, shard: ShardLayout, data: np.ndarray, path: str) -> bytearray:
         """Check what holds for the shard as a whole."""
-        shard.verify_index(data[shard.num_chunks * shard.chunk_bytes :], path)
+        begin = shard.num_chunks * shard.chunk_bytes
+        # Else the system reads megabytes around the page that is missed.
+        _read_soon(path, begin, shard.file_bytes - begin)
+        shard.verify_index(data[begin:], path)
         # A manifest of the first release does not know its chunks, only the file as a whole. Chunks
         # that are sound in themselves may then be another part's, so all of them hold or none.
         if shard.crcs is None and xxhash.xxh3_128_hexdigest(data.data) != shard.xxh3:
@@ -463,6 +470,20 @@ class MappedFiles:
         if not os.path.isdir(self.where):
             return PartGoneError(f"{self.where} is gone since the store was listed.")
         return DamagedStoreError(f"{path} is missing; {why}.")
+
+
+def _read_soon(path: str, begin: int, length: int) -> None:
+    """Ask the system to bring bytes of a file, without waiting for them."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:  # whoever reads will say what is wrong
+        return
+    try:
+        os.posix_fadvise(descriptor, begin, length, os.POSIX_FADV_WILLNEED)
+    except (AttributeError, OSError):  # not on this system
+        pass
+    finally:
+        os.close(descriptor)
 
 
 def _other_size(path: str, size: int, expected: int) -> DamagedStoreError:

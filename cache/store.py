@@ -416,6 +416,10 @@ class Store:
             "Run `mer extract` for this feature and data set."
         )
 
+    @cached_property
+    def _outputs(self) -> dict[str, OutputSpec]:
+        return {output.name: output for output in self.spec.outputs}
+
     def output(self, name: str | None = None) -> OutputSpec:
         """Return an output of the store.
 
@@ -426,9 +430,9 @@ class Store:
         UsageError
             No name is given, there are several outputs and none is called ``"final"``.
         """
-        outputs = {output.name: output for output in self.spec.outputs}
+        outputs = self._outputs
         if name is not None:
-            return self.spec.output(name)
+            return outputs[name] if name in outputs else self.spec.output(name)
         if len(outputs) == 1:
             return self.spec.outputs[0]
         if "final" in outputs:
@@ -452,20 +456,22 @@ class Store:
             There is no such output.
         """
         name = self.output(output).name
+        try:
+            return self._frames(self.listing, key, name)
+        except PartGoneError:
+            return self._reading(lambda seen: self._frames(seen, key, name))
 
-        def read(seen: Listing) -> np.ndarray:
-            row = seen.index.find_one(key)
-            if row < 0:
-                raise self._missing(key, 1, 1)
-            starts, lengths = seen.spans(name)
-            start = int(starts[row])
-            part = seen.parts[seen.part_of_row[row]]
-            stop = start + int(lengths[row])
-            if self.place.path is None:
-                self.place.prefetch([(part, name, start, stop)])
-            return part.frames(name, start, stop)
-
-        return self._reading(read)
+    def _frames(self, seen: Listing, key: bytes, output: str) -> np.ndarray:
+        row = seen.index.find_one(key)
+        if row < 0:
+            raise self._missing(key, 1, 1)
+        starts, lengths = seen.spans(output)
+        start = int(starts[row])
+        part = seen.parts[seen.part_of_row[row]]
+        stop = start + int(lengths[row])
+        if self.place.path is None:
+            self.place.prefetch([(part, output, start, stop)])
+        return part.frames(output, start, stop)
 
     def pooled(self, output: str | None = None, keys: Iterable[bytes] | None = None) -> np.ndarray:
         """Return mean and population standard deviation over each utterance's frames.
@@ -559,12 +565,12 @@ class Store:
         starts, all_lengths = seen.spans(output)
         lengths = all_lengths[rows]
         shape = (len(rows), int(lengths.max(initial=0)), spec.dim)
-        data = np.empty(shape, kind) if out is None else _shaped(out, shape, kind)
+        # Fresh memory is zero already, without anybody touching it.
+        data = np.zeros(shape, kind) if out is None else _shaped(out, shape, kind)
         numbers, begins = seen.part_of_row[rows].tolist(), starts[rows].tolist()
         counts = lengths.tolist()
-        if self.place.path is None:
-            spans = zip(numbers, begins, counts, strict=True)
-            self.place.prefetch([(seen.parts[n], output, b, b + c) for n, b, c in spans])
+        spans = zip(numbers, begins, counts, strict=True)
+        self.place.prefetch([(seen.parts[n], output, b, b + c) for n, b, c in spans])
         for i, (number, start, length) in enumerate(zip(numbers, begins, counts, strict=True)):
             part = seen.parts[number]
             stored = part.dtype(output)
@@ -573,7 +579,8 @@ class Store:
                 part.copy_frames(output, start, start + length, data[i, :length])
             else:
                 data[i, :length] = _narrow(part.frames(output, start, start + length), kind, output)
-            data[i, length:] = 0
+            if out is not None:
+                data[i, length:].view(np.uint8).fill(0)  # as bytes: twice as fast as numbers
         return Batch(data, lengths)
 
     # -- many of them ------------------------------------------------------------------------------

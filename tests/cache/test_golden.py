@@ -21,6 +21,7 @@ import pytest
 import xxhash
 
 from mer.cache import home as home_module
+from mer.cache import layout
 from mer.cache.errors import DamagedStoreError
 from mer.cache.home import Cache
 from mer.cache.identity import audio_key, fingerprint, normalise_text, store_name, text_key
@@ -28,6 +29,7 @@ from mer.cache.spec import FeatureSpec, OutputSpec
 from mer.cache.store import Store
 
 GOLDEN = Path(__file__).parent / "golden"
+DEFAULT_CHUNK_FRAMES = layout.CHUNK_FRAMES
 
 IDENTITIES: list[dict[str, Any]] = [
     {"name": "logmel", "version": 1},
@@ -82,6 +84,7 @@ def test_names_and_keys():
 
 
 def test_files_of_a_store(tmp_path, monkeypatch):
+    monkeypatch.setattr(layout, "CHUNK_FRAMES", DEFAULT_CHUNK_FRAMES)
     monkeypatch.setattr(home_module, "_now", lambda: "2025-01-01T00:00:00+00:00")
     store = Cache(tmp_path).open(SPEC, create=True)
     assert store is not None
