@@ -900,10 +900,12 @@ def cache_gc(
 @json_option
 def cache_du(stores: tuple[str, ...], cache_url: str | None, as_json: bool) -> int:
     """Show what takes the space: outputs, duplicates, leftovers, quarantine."""
+    from mer.cache.usage import left_behind
     from mer.pipelines.cache_report import usage_result, usage_text
 
     opened = _cache(cache_url)
-    result = usage_result(opened, _chosen(stores, opened))
+    gone = [] if stores else left_behind(opened)
+    result = usage_result(opened, [*_chosen(stores, opened), *gone])
     _emit(result, as_json, lambda: usage_text(result))
     return 0
 

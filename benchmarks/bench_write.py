@@ -28,8 +28,8 @@ import numpy as np
 import torch
 import zarr
 
+from mer.cache.home import Cache
 from mer.cache.spec import FeatureSpec, OutputSpec
-from mer.cache.store import Cache
 
 DIM = 1024
 FRAMES = 250

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -20,7 +20,6 @@ import numpy as np
 from mer.cache import layout
 from mer.cache.errors import DamagedStoreError, StoreError, StoreFormatError, UsageError
 from mer.cache.identity import FINGERPRINT_IN_NAME
-from mer.cache.layout import FileRecord
 from mer.cache.reader import MappedFiles, PartGoneError, PartReader, part_folders
 from mer.cache.spec import OutputSpec
 from mer.cache.staging import (
@@ -95,9 +94,6 @@ class Place(Protocol):
 
     def staging(self) -> AbstractContextManager[Path]:
         """Yield a local path to build a part at; what is left there afterwards is removed."""
-
-    def part_id(self, keys: Iterable[bytes], files: Mapping[str, FileRecord]) -> str:
-        """Return the name for a part."""
 
     def publish(self, folder: Path, part: str) -> bool:
         """Make a part built at ``staging`` visible in one step; False if it is there already."""
@@ -212,10 +208,6 @@ class LocalPlace:
     def staging(self) -> AbstractContextManager[Path]:
         """Yield a path on the file system of the store, outside its hierarchy."""
         return staged(self.path)
-
-    def part_id(self, keys: Iterable[bytes], files: Mapping[str, FileRecord]) -> str:
-        """Return the hash of the content: one name never stands for other bytes."""
-        return layout.content_part_id(files)
 
     def publish(self, folder: Path, part: str) -> bool:
         """Sync and rename."""

@@ -14,7 +14,7 @@ import logging
 import tempfile
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from functools import cached_property
 from pathlib import Path
@@ -474,10 +474,6 @@ class ObjectPlace:
             path = Path(tempfile.gettempdir()) / "mer" / path.name
             path.parent.mkdir(parents=True, exist_ok=True)
         return path
-
-    def part_id(self, keys: Iterable[bytes], files: Mapping[str, FileRecord]) -> str:
-        """Return the hash of the content: objects of two writers never mix under one name."""
-        return layout.content_part_id(files)
 
     def publish(self, folder: Path, part: str) -> bool:
         """Upload all files at the same time, then the manifest, unless there is one."""

@@ -111,7 +111,6 @@ def rewrite(
         committed=lambda: None,
         part_bytes=part_bytes,
         part_seconds=math.inf,
-        content_ids=True,
     ) as writer:
         try:
             for utterance in utterances:

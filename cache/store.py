@@ -786,11 +786,3 @@ def _narrow(frames: np.ndarray, dtype: np.dtype, output: str) -> np.ndarray:
     if np.isinf(narrowed).any():  # stored values are finite
         raise ValueError(f"Output {output!r} holds values beyond {dtype}; ask for float32.")
     return narrowed
-
-
-def __getattr__(name: str) -> Any:  # TEMPORARY while callers move to mer.cache.home
-    if name == "Cache":
-        from mer.cache.home import Cache
-
-        return Cache
-    raise AttributeError(name)

@@ -263,7 +263,7 @@ class _Copy:
 
     def _manifest(self, part: PartReader, folder: Path) -> tuple[str, bytes]:
         """Return the name of the copy and its manifest, completed if an older release wrote it."""
-        name = self.target.place.part_id((), part.files)
+        name = layout.content_part_id(part.files)
         mer: dict[str, Any] = {k: v for k, v in part.manifest.items() if k != "checksum"}
         mer["store"], mer["part"] = self.source.fingerprint, name
         mer["outputs"] = {

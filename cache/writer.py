@@ -19,7 +19,6 @@ from mer.cache import layout
 from mer.cache.errors import StoreError
 from mer.cache.identity import KEY_BYTES
 from mer.cache.intake import FLOAT16_MAX, Buffers, Column, Intake, peak_of
-from mer.cache.layout import FileRecord
 from mer.cache.part import PartFolder
 from mer.cache.place import Place
 from mer.cache.spec import FeatureSpec, OutputSpec
@@ -116,8 +115,6 @@ class PartWriter:
         A part is full once its arrays take this many bytes …
     part_seconds : float, default=30
         … or this long after its first utterance, as seen by the next ``add``.
-    content_ids : bool, default=False
-        Name parts by their bytes instead of by their keys, for parts that replace others.
     """
 
     def __init__(
@@ -129,7 +126,6 @@ class PartWriter:
         committed: Callable[[], None],
         part_bytes: int = 64 << 20,
         part_seconds: float = 30.0,
-        content_ids: bool = False,
     ) -> None:
         self._place = place
         self._spec = spec
@@ -138,7 +134,6 @@ class PartWriter:
         self._committed = committed
         self._part_bytes = part_bytes
         self._part_seconds = part_seconds
-        self._content_ids = content_ids
         self._names = {output.name for output in spec.outputs}
         self._buffers = Buffers(2 * part_bytes)
         self._intake = Intake()
@@ -360,17 +355,12 @@ class PartWriter:
             }
             _write_rows(files, part)
             name = files.manifest(
-                self._fingerprint, len(part.utterances), outputs, self._name(part)
+                self._fingerprint, len(part.utterances), outputs, layout.content_part_id
             )
             if not self._place.publish(folder, name):
                 logger.info("Part %s of %s exists already.", name, self._place.name)
         self._committed()
         part.release()
-
-    def _name(self, part: _Part) -> Callable[[Mapping[str, FileRecord]], str]:
-        if self._content_ids:
-            return layout.content_part_id
-        return lambda files: self._place.part_id(part.utterances, files)
 
 
 def _check_shape(array: np.ndarray, output: OutputSpec) -> None:

@@ -14,7 +14,7 @@ from mer.cache.exchange.feature import EXTRACTOR, feature_of
 from mer.pipelines.tables import counted, size, table
 
 if TYPE_CHECKING:
-    from mer.cache.collect import GcPlan, GcReport
+    from mer.cache.collect import GcPlan, GcReport, Step
     from mer.cache.diff import StoreDiff
     from mer.cache.exchange.incoming import ImportReport
     from mer.cache.exchange.outgoing import ExportReport
@@ -244,21 +244,11 @@ def copy_text(result: Mapping[str, Any]) -> str:
 
 def gc_result(plan: GcPlan, report: GcReport | None, notes: Sequence[str] = ()) -> dict[str, Any]:
     """Return what `mer cache gc` did, or with ``report=None`` would do."""
-    steps = [
-        {
-            "store": step.store,
-            "action": step.action,
-            "parts": list(step.parts),
-            "utterances": step.utterances,
-            "bytes": step.bytes,
-            "reason": step.reason,
-        }
-        for step in plan.steps
-    ]
     done = {} if report is None else plain(report)
     return {
         "dry_run": report is None,
-        "steps": steps,
+        "steps": [_step(step) for step in plan.steps],
+        "totals": [_step(step) for step in plan.totals],
         "bytes_before": plan.bytes_before,
         "bytes_freed": plan.bytes_freed,
         "utterances": plan.utterances,
@@ -267,13 +257,24 @@ def gc_result(plan: GcPlan, report: GcReport | None, notes: Sequence[str] = ()) 
     }
 
 
+def _step(step: Step) -> dict[str, Any]:
+    return {
+        "store": step.store,
+        "action": step.action,
+        "parts": list(step.parts),
+        "utterances": step.utterances,
+        "bytes": step.bytes,
+        "reason": step.reason,
+    }
+
+
 def gc_text(result: Mapping[str, Any]) -> str:
-    """Return the steps and what they free."""
+    """Return what happens to each store and what that frees."""
     lines = []
-    if result["steps"]:
+    if result["totals"]:
         rows = [
             [s["store"], s["action"], len(s["parts"]), s["utterances"], s["reason"]]
-            for s in result["steps"]
+            for s in result["totals"]
         ]
         lines = [table(["store", "action", "parts", "utterances", "why"], rows), ""]
     verb = "would be" if result["dry_run"] else "were"

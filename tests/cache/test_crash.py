@@ -18,9 +18,10 @@ import pytest
 
 from mer.cache import staging
 from mer.cache.errors import StorageFullError, StoreError
+from mer.cache.home import Cache
 from mer.cache.part import PartFolder
 from mer.cache.spec import FeatureSpec, OutputSpec
-from mer.cache.store import Cache, Store
+from mer.cache.store import Store
 from mer.cache.writer import PartWriter
 
 SPEC = FeatureSpec(
@@ -33,7 +34,7 @@ SPEC = FeatureSpec(
 WRITER = """
 import sys, numpy as np
 from mer.cache.spec import FeatureSpec, OutputSpec
-from mer.cache.store import Cache
+from mer.cache.home import Cache
 output = OutputSpec(name="final", dim=8, rate_hz=50.0)
 spec = FeatureSpec(slug="crash", identity={"name": "crash"}, outputs=(output,))
 store = Cache(sys.argv[1]).open(spec, create=True)

@@ -161,7 +161,7 @@ def test_writers_of_the_same_part_publish_it_once(store: Store, content: Content
     more = utterances(range(50, 52))
     write(source, more, part_bytes=64 << 20)
     (part,) = source.readers()
-    name = ObjectPlace(store.url).part_id((), part.files)
+    name = layout.content_part_id(part.files)
     _seal(Path(part.where), part=name)
     published: list[bool] = []
     places = [ObjectPlace(store.url) for _ in range(2)]

@@ -21,10 +21,11 @@ from hypothesis.extra import numpy as hnp
 
 from mer.cache import layout, staging
 from mer.cache.errors import StoreError
+from mer.cache.home import Cache
 from mer.cache.intake import Buffers, Column, Intake, pool_exactly
 from mer.cache.place import LocalPlace
 from mer.cache.spec import FeatureSpec, OutputSpec
-from mer.cache.store import Cache, Store
+from mer.cache.store import Store
 from mer.cache.writer import PartWriter
 
 FLOAT16_MAX = 65504.0
@@ -452,11 +453,11 @@ def direct(store: Store, **options: Any) -> PartWriter:
 
 def test_parts_may_be_named_by_content(tmp_path):
     store = opened(tmp_path, STORED)
-    with direct(store, content_ids=True) as writer:
+    with direct(store) as writer:
         writer.add_stored(key(0), 7, stored_utterance())
-    with direct(store, content_ids=True) as writer:  # the same again: one part
+    with direct(store) as writer:  # the same again: one part
         writer.add_stored(key(0), 7, stored_utterance())
-    with direct(store, content_ids=True) as writer:
+    with direct(store) as writer:
         writer.add_stored(key(0), 8, stored_utterance())
     found = manifests(store)
     assert len(found) == 2
